@@ -1,0 +1,165 @@
+"""Cutting a function into the chunks its nodes are marked with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from odsora_compiler.errors import VerificationError
+from odsora_compiler.ir.evaluate import check_inputs, evaluate
+from odsora_compiler.ir.function import Function
+from odsora_compiler.ir.program import Component
+from odsora_compiler.ir.weights import WeightStore
+
+
+@dataclass(frozen=True)
+class ChunkedFunction:
+    """A function as a sequence of smaller ones that hand values on by name.
+
+    `chunks[i].inputs` are inputs of the whole function or outputs of earlier chunks. `outputs` maps
+    each output name of the whole to the name of the value that is it.
+    """
+
+    whole: Function
+    chunks: tuple[Function, ...]
+    outputs: dict[str, str]
+
+    def last_uses(self) -> list[list[str]]:
+        """Per chunk, the values no later chunk and no output needs: they can be freed after it."""
+        kept = set(self.outputs.values())
+        seen: set[str] = set(kept)
+        freed: list[list[str]] = []
+        for chunk in reversed(self.chunks):
+            names = [spec.name for spec in (*chunk.inputs, *chunk.outputs)]
+            freed.append([name for name in dict.fromkeys(names) if name not in seen])
+            seen.update(names)
+        return freed[::-1]
+
+
+def split(function: Function, component: Component) -> ChunkedFunction:
+    """`function` cut as the component's plan says; one chunk where there is no plan."""
+    names = _value_names(function)
+    results = function.results
+    outputs = {name: names[node] for name, node in results.items()}
+    count = len(component.plan.chunks) if component.plan else 1
+    home = _homes(function, count)
+    chunks = tuple(
+        _extract(function, index, home, names, set(results.values())) for index in range(count)
+    )
+    return ChunkedFunction(function, chunks, outputs)
+
+
+@torch.no_grad()
+def evaluate_chunked(
+    chunked: ChunkedFunction, weights: WeightStore, inputs: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Run the chunks one after another in PyTorch, freeing values at their last use."""
+    check_inputs(chunked.whole, inputs)
+    values = dict(inputs)
+    for chunk, freed in zip(chunked.chunks, chunked.last_uses(), strict=True):
+        given = {spec.name: values[spec.name] for spec in chunk.inputs}
+        values.update(evaluate(chunk, weights, given))
+        del given
+        for name in freed:
+            values.pop(name, None)
+    return {name: values[value] for name, value in chunked.outputs.items()}
+
+
+def _homes(function: Function, count: int) -> dict[fx.Node, int | None]:
+    """Node → the chunk that computes it; None for values computed anew wherever they are used."""
+    if count == 1:
+        return dict.fromkeys(function.operators(), 0)
+    return {node: node.meta.get("chunk") for node in function.operators()}
+
+
+def _value_names(function: Function) -> dict[fx.Node, str]:
+    names = {node: str(node.target) for node in function.placeholders}
+    for name, node in function.results.items():
+        names.setdefault(node, name)
+    taken = set(names.values())
+    for node in function.operators():
+        if node not in names:
+            name = node.name
+            while name in taken:
+                name += "_"
+            names[node] = name
+            taken.add(name)
+    return names
+
+
+def _extract(
+    function: Function,
+    index: int,
+    home: dict[fx.Node, int | None],
+    names: dict[fx.Node, str],
+    results: set[fx.Node],
+) -> Function:
+    last = max((place for place in home.values() if place is not None), default=0)
+
+    def made_here(node: fx.Node) -> bool:
+        return node.op != "placeholder" and home.get(node, index) in (index, None)
+
+    def leaves(node: fx.Node) -> bool:
+        crosses = home.get(node) == index and any(
+            home.get(user, index) not in (index, None) for user in node.users
+        )
+        finished = node in results and (home.get(node) == index or index == last)
+        return made_here(node) and (crosses or finished)
+
+    needed = _needed_here(function, index, home, results, last)
+    chunk = Function(function.name, base=function.base)
+    made: dict[fx.Node, fx.Node] = {}
+    for node in function.graph.nodes:
+        if node in needed and not made_here(node):
+            made[node] = chunk.graph.placeholder(names[node])
+            made[node].meta = {
+                key: value for key, value in node.meta.items() if key in ("val", "axes")
+            }
+    for node in function.graph.nodes:
+        if node in needed and made_here(node):
+            made[node] = chunk.graph.create_node(
+                node.op,
+                node.target,
+                fx.node.map_arg(node.args, made.__getitem__),
+                fx.node.map_arg(node.kwargs, made.__getitem__),
+                name=node.name,
+            )
+            made[node].meta = {key: value for key, value in node.meta.items() if key != "chunk"}
+    leaving = [node for node in made if leaves(node)]
+    for node in leaving:
+        if not isinstance(node.meta["val"], torch.Tensor):
+            raise VerificationError(
+                f"function '{function.name}': the cut after chunk {index} splits '{node.name}' "
+                "from the node that takes its parts"
+            )
+    chunk.graph.output(tuple(made[node] for node in leaving)).meta["names"] = tuple(
+        names[node] for node in leaving
+    )
+    return chunk
+
+
+def _needed_here(
+    function: Function,
+    index: int,
+    home: dict[fx.Node, int | None],
+    results: set[fx.Node],
+    last: int,
+) -> set[fx.Node]:
+    """The chunk's own nodes, what they read, and all behind values that are computed anew."""
+    roots = [node for node in function.operators() if home[node] == index]
+    if index == last:
+        roots += [node for node in results if node.op != "placeholder" and home.get(node) is None]
+    needed = set(roots)
+    pending = list(roots)
+    while pending:
+        node = pending.pop()
+        if home.get(node, index) not in (index, None):
+            continue
+        for used in node.all_input_nodes:
+            if used not in needed:
+                needed.add(used)
+                pending.append(used)
+    return needed

@@ -1,0 +1,134 @@
+"""Running functions and programs eagerly in PyTorch: the reference all results are held to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from odsora_compiler.errors import RunError
+from odsora_compiler.ir.function import Function, dtype_name
+from odsora_compiler.ir.program import Program, call_component
+from odsora_compiler.ir.weights import WeightStore
+
+aten = torch.ops.aten
+
+Observer = Callable[[fx.Node, Any], None]
+
+
+@torch.no_grad()
+def evaluate(
+    function: Function,
+    weights: WeightStore,
+    inputs: Mapping[str, torch.Tensor],
+    observe: Observer | None = None,
+) -> dict[str, torch.Tensor]:
+    """Run `function` on named `inputs`; returns its named outputs.
+
+    Weights are loaded when used and every value is freed after its last use, so memory stays near
+    the largest weight plus the live activations. `observe(node, value)` sees each operator's value.
+    Raises `RunError` when inputs do not fit the signature.
+    """
+    check_inputs(function, inputs)
+
+    def compute(node: fx.Node, args: Any, kwargs: Any) -> Any:
+        target: Any = _STRIDE_FREE.get(node.target, node.target)
+        return target(*args, **kwargs)
+
+    return _walk(function, weights, inputs, compute, observe)
+
+
+@torch.no_grad()
+def evaluate_program(
+    program: Program, inputs: Mapping[str, torch.Tensor], observe: Observer | None = None
+) -> dict[str, torch.Tensor]:
+    """Run the host graph on named `inputs`, evaluating component functions where it calls them."""
+    check_inputs(program.host, inputs)
+
+    def compute(node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.target is call_component:
+            component = program.component(args[0])
+            return evaluate(component.function(args[1]), component.weights, kwargs)
+        target: Any = _STRIDE_FREE.get(node.target, node.target)
+        return target(*args, **kwargs)
+
+    return _walk(program.host, _NO_WEIGHTS, inputs, compute, observe)
+
+
+def check_inputs(function: Function, inputs: Mapping[str, torch.Tensor]) -> None:
+    """Raise `RunError` unless `inputs` has the names, shapes and dtypes of the signature."""
+    specs = {spec.name: spec for spec in function.inputs}
+    missing, extra = specs.keys() - inputs.keys(), inputs.keys() - specs.keys()
+    if missing or extra:
+        raise RunError(
+            f"function '{function.name}': "
+            + " and ".join(
+                f"{what} input {', '.join(sorted(names))}"
+                for what, names in (("missing", missing), ("unknown", extra))
+                if names
+            ),
+            "It takes " + "; ".join(str(spec) for spec in specs.values()) + ".",
+        )
+    for name, spec in specs.items():
+        tensor = inputs[name]
+        if (tuple(tensor.shape), tensor.dtype) != (spec.shape, spec.dtype):
+            raise RunError(
+                f"function '{function.name}': input '{name}' is "
+                f"{dtype_name(tensor.dtype)}{list(tensor.shape)}",
+                f"Expected {spec}.",
+            )
+
+
+class _NoWeights:
+    def load(self, name: str) -> torch.Tensor:
+        raise RunError(f"a host graph has no weights, but names '{name}'")
+
+
+_NO_WEIGHTS: Any = _NoWeights()
+
+# Strides are not part of the representation, so a value may lie in memory otherwise than when the
+# graph was captured; `reshape` and `contiguous` views are indifferent to that.
+_STRIDE_FREE: dict[Any, Callable[..., Any]] = {aten.view.default: torch.reshape}
+
+
+def _walk(
+    function: Function,
+    weights: WeightStore,
+    inputs: Mapping[str, torch.Tensor],
+    compute: Callable[[fx.Node, Any, Any], Any],
+    observe: Observer | None,
+) -> dict[str, torch.Tensor]:
+    last_use: dict[fx.Node, fx.Node] = {}
+    for node in function.graph.nodes:
+        for used in node.all_input_nodes:
+            last_use[used] = node
+    values: dict[fx.Node, Any] = {}
+    for node in function.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = inputs[str(node.target)]
+        elif node.op == "get_attr":
+            continue
+        elif node.op == "output":
+            results = _bind(node.args[0], values, weights)
+            return dict(zip(node.meta["names"], results, strict=True))
+        else:
+            args, kwargs = _bind((node.args, node.kwargs), values, weights)
+            values[node] = compute(node, args, kwargs)
+            del args, kwargs
+            if observe is not None:
+                observe(node, values[node])
+        for used in node.all_input_nodes:
+            if last_use[used] is node:
+                values.pop(used, None)
+        if node not in last_use:
+            values.pop(node, None)
+    raise RunError(f"function '{function.name}' has no output")
+
+
+def _bind(arguments: Any, values: dict[fx.Node, Any], weights: WeightStore) -> Any:
+    def value_of(node: fx.Node) -> Any:
+        return weights.load(str(node.target)) if node.op == "get_attr" else values[node]
+
+    return fx.node.map_arg(arguments, value_of)

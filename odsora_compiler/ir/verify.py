@@ -1,0 +1,165 @@
+"""Structural verification: what must hold of every program between any two passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from odsora_compiler.errors import VerificationError
+from odsora_compiler.ir.function import Function, Provenance
+from odsora_compiler.ir.inference import infer
+from odsora_compiler.ir.program import Component, Program, call_component
+from odsora_compiler.ir.serialize import function_to_data
+
+_META_KEYS = {"val", "provenance", "axes", "chunk", "names"}
+
+
+def verify_program(program: Program) -> None:
+    """Raise `VerificationError` naming component, function and node of the first few violations.
+
+    Checked: the graph is well formed; every node has `meta['val']` equal to what its operator gives
+    on its arguments, and a provenance; weights exist with the shape and dtype the graph sees; calls
+    of the host fit the signature of the function they name; a plan covers every operator with
+    non-decreasing chunks; everything can be saved.
+    """
+    problems: list[str] = []
+    for component in program.components.values():
+        for function in component.functions.values():
+            place = f"{component.name}.{function.name}"
+            problems += [f"{place}: {text}" for text in _function_problems(function, component)]
+    problems += [f"host: {text}" for text in _function_problems(program.host, None)]
+    problems += [f"host: {text}" for text in _call_problems(program)]
+    problems += _example_problems(program)
+    if problems:
+        more = f"\n  … and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise VerificationError(
+            "the program is not well formed:\n  " + "\n  ".join(problems[:5]) + more
+        )
+
+
+def _function_problems(function: Function, component: Component | None) -> Iterator[str]:
+    try:
+        function.graph.lint()
+        function_to_data(function)
+    except Exception as error:
+        yield str(error)
+        return
+    if len(list(function.graph.find_nodes(op="output"))) != 1:
+        yield "it needs exactly one output node"
+        return
+    names = [spec.name for spec in function.inputs]
+    if len(set(names)) != len(names):
+        yield f"input names repeat: {names}"
+    for node in function.graph.nodes:
+        yield from _node_problems(node, component)
+    if component is not None and component.plan is not None:
+        yield from _chunk_problems(function, len(component.plan.chunks))
+
+
+def _node_problems(node: fx.Node, component: Component | None) -> Iterator[str]:
+    unknown = node.meta.keys() - _META_KEYS
+    if unknown:
+        yield f"node '{node.name}' carries unknown meta {sorted(unknown)}, which saving would lose"
+    if node.op == "output":
+        results: Any = node.args[0]
+        if len(node.meta.get("names", ())) != len(results):
+            yield "the output node's meta['names'] does not match its values"
+        return
+    if "val" not in node.meta:
+        yield f"node '{node.name}' has no meta['val']"
+        return
+    if node.op in ("call_function", "get_attr") and not isinstance(
+        node.meta.get("provenance"), Provenance
+    ):
+        yield f"node '{node.name}' has no provenance"
+    if node.op == "get_attr":
+        if component is None:
+            yield f"node '{node.name}' reads a weight in the host"
+            return
+        spec = component.weights.spec(str(node.target))
+        value = node.meta["val"]
+        if (tuple(value.shape), value.dtype) != (spec.shape, spec.dtype):
+            yield f"weight '{node.target}' is {spec}, the graph sees {_text(value)}"
+    elif node.op == "call_function" and node.target is not call_component:
+        if any("val" not in used.meta for used in node.all_input_nodes):
+            return
+        target: Any = node.target
+        try:
+            expected = infer(target, node.args, node.kwargs)
+        except Exception as error:
+            yield f"node '{node.name}': {target} refuses its arguments: {error}"
+            return
+        if _text(expected) != _text(node.meta["val"]):
+            yield (
+                f"node '{node.name}' claims {_text(node.meta['val'])}, "
+                f"{target} gives {_text(expected)}"
+            )
+    elif node.op == "call_module" or node.op == "call_method":
+        yield f"node '{node.name}' is a {node.op}; only operators are allowed"
+
+
+def _chunk_problems(function: Function, count: int) -> Iterator[str]:
+    for node in function.operators():
+        chunk = node.meta.get("chunk")
+        if chunk is None:
+            # Values made from weights and literals alone are computed anew in every chunk.
+            continue
+        if not 0 <= chunk < count:
+            yield f"node '{node.name}' is in chunk {chunk} of {count}"
+        for used in node.all_input_nodes:
+            if used.meta.get("chunk", -1) > chunk:
+                yield (
+                    f"node '{node.name}' of chunk {chunk} needs '{used.name}' "
+                    f"of chunk {used.meta['chunk']}"
+                )
+
+
+def _call_problems(program: Program) -> Iterator[str]:
+    for node in program.calls():
+        name, function_name = str(node.args[0]), str(node.args[1])
+        try:
+            function = program.component(name).function(function_name)
+        except VerificationError as error:
+            yield str(error)
+            continue
+        specs = {spec.name: spec for spec in function.inputs}
+        if specs.keys() != node.kwargs.keys():
+            yield f"call '{node.name}' gives {sorted(node.kwargs)}, needs {sorted(specs)}"
+            continue
+        for key, value in node.kwargs.items():
+            if not isinstance(value, fx.Node):
+                yield f"call '{node.name}': input '{key}' is not a tensor"
+            elif _text(value.meta.get("val")) != _text_of(specs[key].shape, specs[key].dtype):
+                yield (
+                    f"call '{node.name}': input '{key}' is {_text(value.meta.get('val'))}, "
+                    f"expected {specs[key]}"
+                )
+        outputs = {spec.name: _text_of(spec.shape, spec.dtype) for spec in function.outputs}
+        claimed = {key: _text(value) for key, value in node.meta["val"].items()}
+        if outputs != claimed:
+            yield f"call '{node.name}' claims outputs {claimed}, the function has {outputs}"
+
+
+def _example_problems(program: Program) -> Iterator[str]:
+    specs = {spec.name: spec for spec in program.inputs}
+    for name, tensor in program.examples.items():
+        if name not in specs:
+            yield f"example '{name}' is no input of the program"
+        elif _text(tensor) != _text_of(specs[name].shape, specs[name].dtype):
+            yield f"example '{name}' is {_text(tensor)}, expected {specs[name]}"
+    yield from (f"input '{name}' has no example" for name in specs.keys() - program.examples.keys())
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return _text_of(tuple(value.shape), value.dtype)
+    if isinstance(value, (list, tuple)):
+        return "(" + ", ".join(_text(item) for item in value) + ")"
+    return repr(value)
+
+
+def _text_of(shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"

@@ -1,0 +1,1 @@
+"""Reading, writing and running of saved Core ML packages without Core ML."""

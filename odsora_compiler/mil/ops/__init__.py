@@ -1,0 +1,1 @@
+"""The operations of MIL, one table per theme."""
