@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from odsora_compiler.errors import CaptureError, UsageError, nearest
 from odsora_compiler.frontend.export import input_names, trace_module
-from odsora_compiler.frontend.model_file import call_build, load_build
+from odsora_compiler.frontend.model_file import call_build, load_build, parse_options
 from odsora_compiler.frontend.spec import ModelSpec
 from odsora_compiler.frontend.weightless import (
     fill_with_fakes,
@@ -41,9 +41,22 @@ def capture(
     """
     if isinstance(model, ModelSpec):
         return _capture_spec(model, "model", weights)
-    path = Path(model)
+    return _capture_path(Path(model), options or {}, lambda build: options or {}, weights)
+
+
+def capture_file(path: Path, settings: Mapping[str, str], weights: Path | None = None) -> Program:
+    """`capture` with options as texts (`--set name=value`), typed by the signature of `build`."""
+    return _capture_path(path, settings, lambda build: parse_options(build, settings), weights)
+
+
+def _capture_path(
+    path: Path,
+    given: Mapping[str, Any],
+    options: Callable[[Callable[..., Any]], Mapping[str, Any]],
+    weights: str | Path | None,
+) -> Program:
     if path.is_dir():
-        if options or weights:
+        if given or weights:
             raise UsageError(
                 f"{path} is a saved program: it has its options and weights in it",
                 "Leave out --set and --weights, or compile the model file.",
@@ -52,8 +65,9 @@ def capture(
     if weights is not None and not Path(weights).exists():
         raise UsageError(f"{weights}: no such weights file or folder")
     build = load_build(path)
+    chosen = options(build)
     with weightless() if weights is not None else nullcontext():
-        spec = call_build(build, options or {}, path)
+        spec = call_build(build, chosen, path)
     return _capture_spec(spec, path.stem, weights)
 
 

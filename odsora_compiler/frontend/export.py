@@ -72,29 +72,28 @@ def input_names(inputs: Mapping[str, Any]) -> list[str]:
 def _lift(exported: torch.export.ExportedProgram, inputs: Mapping[str, Any]) -> Function:
     signature = exported.graph_signature
     if signature.buffers_to_mutate:
-        names = ", ".join(sorted(set(signature.buffers_to_mutate.values())))
+        mutated = ", ".join(sorted(set(signature.buffers_to_mutate.values())))
         raise CaptureError(
-            f"the model changes its buffer {names} in forward()",
+            f"the model changes its buffer {mutated} in forward()",
             "Compute the value from the inputs each time, or once in the constructor.",
         )
     if signature.user_inputs_to_mutate:
-        names = ", ".join(sorted(set(signature.user_inputs_to_mutate.values())))
+        mutated = ", ".join(sorted(set(signature.user_inputs_to_mutate.values())))
         raise CaptureError(
-            f"the model changes its input {names} in place", "Use the out-of-place operator."
+            f"the model changes its input {mutated} in place", "Use the out-of-place operator."
         )
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     specs = {spec.arg.name: spec for spec in signature.input_specs}
     leaf_names = iter(_leaf_names(inputs))
-    # A placeholder's name is the input's name; a node that would take it is renamed by FX.
     for node in exported.graph.find_nodes(op="placeholder"):
         spec = specs[node.name]
         if spec.kind is not InputKind.USER_INPUT:
             continue
-        name = next(leaf_names)
+        input_name = next(leaf_names)
         if isinstance(spec.arg, ConstantArgument):
             continue
-        mapping[node] = graph.create_node("placeholder", name, name=name)
+        mapping[node] = graph.create_node("placeholder", input_name, name=input_name)
         mapping[node].meta["val"] = canonical(node.meta["val"])
     for node in exported.graph.nodes:
         if node.op == "placeholder" and node not in mapping:
@@ -105,11 +104,11 @@ def _lift(exported: torch.export.ExportedProgram, inputs: Mapping[str, Any]) -> 
                 made.meta["provenance"] = Provenance(spec.target.rpartition(".")[0])
                 mapping[node] = made
         elif node.op == "call_function":
-            made = _convert(node, mapping, graph)
-            if made is not None:
-                mapping[node] = made
-    names, results = _outputs(exported, mapping)
-    graph.output(tuple(results)).meta["names"] = tuple(names)
+            converted = _convert(node, mapping, graph)
+            if converted is not None:
+                mapping[node] = converted
+    output_names, results = _outputs(exported, mapping)
+    graph.output(tuple(results)).meta["names"] = tuple(output_names)
     function = Function("base", graph)
     _drop_dead(function)
     return function
@@ -132,15 +131,15 @@ def _convert(node: fx.Node, mapping: dict[fx.Node, fx.Node], graph: fx.Graph) ->
     target: Any = node.target
     if target in _CHECKS:
         return None
-    value = node.meta.get("val")
+    value: Any = node.meta.get("val")
     if not all(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value)):
         raise CaptureError(
             f"{_source(node) or node.name}: a Python number is read out of a tensor ({target})",
             "Compute with the tensor instead of .item(), int() or float(), or pass the number as "
             "an option of build().",
         )
-    args = fx.node.map_arg(node.args, mapping.__getitem__)
-    kwargs = fx.node.map_arg(node.kwargs, mapping.__getitem__)
+    args: Any = fx.node.map_arg(node.args, mapping.__getitem__)
+    kwargs: Any = fx.node.map_arg(node.kwargs, mapping.__getitem__)
     kwargs = {key: arg for key, arg in kwargs.items() if key not in _PLACEMENT}
     if target in _IDENTITIES or (target in _CASTS and args[0].meta["val"].dtype == value.dtype):
         return args[0]

@@ -1,4 +1,7 @@
-"""Running functions and programs eagerly in PyTorch: the reference all results are held to."""
+"""Running one function eagerly in PyTorch: the reference all results are held to.
+
+Whole programs, host and chunks included, are `ir.reference`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ from torch import fx
 
 from odsora_compiler.errors import RunError
 from odsora_compiler.ir.function import Function, dtype_name
-from odsora_compiler.ir.program import Program, call_component
 from odsora_compiler.ir.weights import WeightStore
 
 aten = torch.ops.aten
@@ -32,29 +34,7 @@ def evaluate(
     Raises `RunError` when inputs do not fit the signature.
     """
     check_inputs(function, inputs)
-
-    def compute(node: fx.Node, args: Any, kwargs: Any) -> Any:
-        target: Any = _STRIDE_FREE.get(node.target, node.target)
-        return target(*args, **kwargs)
-
-    return _walk(function, weights, inputs, compute, observe)
-
-
-@torch.no_grad()
-def evaluate_program(
-    program: Program, inputs: Mapping[str, torch.Tensor], observe: Observer | None = None
-) -> dict[str, torch.Tensor]:
-    """Run the host graph on named `inputs`, evaluating component functions where it calls them."""
-    check_inputs(program.host, inputs)
-
-    def compute(node: fx.Node, args: Any, kwargs: Any) -> Any:
-        if node.target is call_component:
-            component = program.component(args[0])
-            return evaluate(component.function(args[1]), component.weights, kwargs)
-        target: Any = _STRIDE_FREE.get(node.target, node.target)
-        return target(*args, **kwargs)
-
-    return _walk(program.host, _NO_WEIGHTS, inputs, compute, observe)
+    return walk(function, weights, inputs, call_operator, observe)
 
 
 def check_inputs(function: Function, inputs: Mapping[str, torch.Tensor]) -> None:
@@ -81,25 +61,28 @@ def check_inputs(function: Function, inputs: Mapping[str, torch.Tensor]) -> None
             )
 
 
-class _NoWeights:
-    def load(self, name: str) -> torch.Tensor:
-        raise RunError(f"a host graph has no weights, but names '{name}'")
-
-
-_NO_WEIGHTS: Any = _NoWeights()
-
 # Strides are not part of the representation, so a value may lie in memory otherwise than when the
 # graph was captured; `reshape` and `contiguous` views are indifferent to that.
 _STRIDE_FREE: dict[Any, Callable[..., Any]] = {aten.view.default: torch.reshape}
 
 
-def _walk(
+def call_operator(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """What the operator of `node` gives on these arguments."""
+    target: Any = _STRIDE_FREE.get(node.target, node.target)
+    return target(*args, **kwargs)
+
+
+def walk(
     function: Function,
-    weights: WeightStore,
+    weights: WeightStore | None,
     inputs: Mapping[str, torch.Tensor],
     compute: Callable[[fx.Node, Any, Any], Any],
-    observe: Observer | None,
+    observe: Observer | None = None,
 ) -> dict[str, torch.Tensor]:
+    """Go through the graph in order, calling `compute` for every operator.
+
+    Values are freed after their last use. `weights` None: a graph without weights (a host).
+    """
     last_use: dict[fx.Node, fx.Node] = {}
     for node in function.graph.nodes:
         for used in node.all_input_nodes:
@@ -127,8 +110,12 @@ def _walk(
     raise RunError(f"function '{function.name}' has no output")
 
 
-def _bind(arguments: Any, values: dict[fx.Node, Any], weights: WeightStore) -> Any:
+def _bind(arguments: Any, values: dict[fx.Node, Any], weights: WeightStore | None) -> Any:
     def value_of(node: fx.Node) -> Any:
-        return weights.load(str(node.target)) if node.op == "get_attr" else values[node]
+        if node.op != "get_attr":
+            return values[node]
+        if weights is None:
+            raise RunError(f"a graph without weights names the weight '{node.target}'")
+        return weights.load(str(node.target))
 
     return fx.node.map_arg(arguments, value_of)

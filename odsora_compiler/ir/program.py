@@ -157,7 +157,7 @@ def single_call_host(component: Component) -> Function:
     """The host of a bare module: one call of `component`'s function `base`, outputs passed on."""
     base = component.function("base")
     host = Function("host")
-    inputs = {}
+    inputs: dict[str, Any] = {}
     for placeholder in base.placeholders:
         node = host.graph.placeholder(str(placeholder.target))
         node.meta.update(placeholder.meta)

@@ -1,1 +1,1 @@
-"""."""
+"""Running bundles: reading them, executing chunks, the schedule, and checking what was lowered."""

@@ -189,6 +189,12 @@ def test_temporal_block_turns_queries_and_keys_by_position_times_frequency() -> 
     torch.testing.assert_close(turned, expected)
 
 
+def test_norm_of_small_values_adds_the_released_epsilon() -> None:
+    norm = stdit3.RMSNorm(4)
+    x = torch.tensor([[1e-3, -1e-3, 1e-3, -1e-3]])  # mean square 1e-6, as large as epsilon
+    torch.testing.assert_close(norm(x), x / (2e-6) ** 0.5)
+
+
 def test_build_gives_the_same_model_for_the_same_seed_only() -> None:
     state = torch.random.get_rng_state()
     first, again, other = (stdit3.build(**TINY, seed=seed) for seed in (0, 0, 1))

@@ -1,1 +1,1 @@
-"""The operations of MIL, one table per theme."""
+"""The operations of MIL that the interpreter knows, one table per theme; see `definition`."""

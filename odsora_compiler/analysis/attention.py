@@ -1,0 +1,194 @@
+"""Attention sites: the part of a graph between the projections before an attention and the one after.
+
+Sites are found from operators and axes alone, never from names of modules or weights. What to do
+with a site is a pass's business.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from odsora_compiler.analysis.arguments import bind, operator_name
+from odsora_compiler.analysis.axes import AxisAnalysis
+from odsora_compiler.analysis.axes_factors import Axis, Product
+from odsora_compiler.ir.function import Function
+
+
+class Site(enum.Enum):
+    """What kind of attention, seen from the time axis.
+
+    SPATIAL: tokens of one frame, time is in the batch. TEMPORAL: time is among the tokens. CROSS:
+    the keys are tokens of another stream, such as a text.
+    """
+
+    SPATIAL = "spatial"
+    TEMPORAL = "temporal"
+    CROSS = "cross"
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """A region around one attention, or several that share an output projection.
+
+    `nodes`: every operator of the region through which time passes, in graph order, from the
+    projections of query, key and value to the output projection. `exits`: those of them that the
+    rest of the graph reads. `time`: the time axis of the queries.
+    """
+
+    kind: Site
+    time: Axis
+    attentions: tuple[fx.Node, ...]
+    nodes: tuple[fx.Node, ...]
+    exits: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class UnusableSite:
+    """Attentions whose time axis or region could not be found, and why."""
+
+    attentions: tuple[fx.Node, ...]
+    reason: str
+
+
+def attention_sites(
+    function: Function, axes: AxisAnalysis, time: str = "t"
+) -> list[AttentionSite | UnusableSite]:
+    """All attention sites of `function`, in graph order, `time` naming the time axis."""
+    search = _Search(function, axes, time)
+    return [search.site(group) for group in search.groups()]
+
+
+class _Search:
+    def __init__(self, function: Function, axes: AxisAnalysis, time: str) -> None:
+        self.function = function
+        self.axes = axes
+        self.time = time
+        self.attentions = [
+            node
+            for node in function.operators()
+            if operator_name(node) == "scaled_dot_product_attention"
+        ]
+        # Attention → the operators from its projections to its operands; a str says what is wrong.
+        self.before = {node: self._before(node) for node in self.attentions}
+        # Operator after attentions → one of these attentions.
+        self.after: dict[fx.Node, fx.Node] = {}
+        self.leader = {node: node for node in self.attentions}
+        self._grow()
+
+    def groups(self) -> Iterator[tuple[fx.Node, ...]]:
+        members: dict[fx.Node, list[fx.Node]] = {}
+        for node in self.attentions:
+            members.setdefault(self._leader(node), []).append(node)
+        yield from map(tuple, members.values())
+
+    def site(self, group: tuple[fx.Node, ...]) -> AttentionSite | UnusableSite:
+        for node in group:
+            reason = self.before[node]
+            if isinstance(reason, str):
+                return UnusableSite(group, reason)
+        times = {self._query_time(node) for node in group}
+        kinds = {self._kind(node) for node in group}
+        if len(times) > 1 or len(kinds) > 1:
+            return UnusableSite(group, "attentions of different kinds share one output projection")
+        inside = {node for member in group for node in self.before[member]}
+        inside |= {node for node, one in self.after.items() if self._leader(one) in group}
+        nodes = tuple(node for node in self.function.operators() if node in inside)
+        exits = tuple(
+            node
+            for node in nodes
+            if node in self.after and any(user not in self.after for user in node.users)
+        )
+        (time,), (kind,) = times, kinds
+        assert isinstance(time, Axis)
+        return AttentionSite(kind, time, group, nodes, exits)
+
+    def _query_time(self, attention: fx.Node) -> Axis | str:
+        query = bind(attention)["query"]
+        dims = self.axes.operand(attention, query)
+        found = [axis for product in dims for axis in product if axis.name == self.time]
+        text = self.axes.text(query)
+        if not found:
+            return f"no axis '{self.time}' of more than one frame in its queries ({text})"
+        if len(found) > 1:
+            return f"its queries hold several axes '{self.time}' ({text})"
+        if found[0] in dims[-1]:
+            return f"axis '{self.time}' lies in the channels of its queries ({text})"
+        return found[0]
+
+    def _kind(self, attention: fx.Node) -> Site:
+        arguments = bind(attention)
+        queries: Product = self.axes.operand(attention, arguments["query"])[-2]
+        keys: Product = self.axes.operand(attention, arguments["key"])[-2]
+        # Keys of the same stream may have been strided: then only the names are the same.
+        shared = set(queries) & set(keys) or _names(queries) & _names(keys)
+        if not shared and queries != keys:
+            return Site.CROSS
+        return Site.TEMPORAL if self._query_time(attention) in queries else Site.SPATIAL
+
+    def _before(self, attention: fx.Node) -> set[fx.Node] | str:
+        time = self._query_time(attention)
+        if isinstance(time, str):
+            return time
+        arguments = bind(attention)
+        found: set[fx.Node] = set()
+        waiting = [(attention, arguments[name]) for name in ("query", "key", "value")]
+        while waiting:
+            user, node = waiting.pop()
+            if node in found or self.axes.is_table(node) or not self._carries(user, node, time):
+                continue
+            if node.op == "placeholder":
+                if self.axes.reached_by(self.time, node):
+                    return f"no projection between input '{node.target}' and the attention"
+                continue
+            found.add(node)
+            if operator_name(node) != "linear":
+                waiting += [(node, used) for used in node.all_input_nodes]
+        return found
+
+    def _grow(self) -> None:
+        """Follow every attention's value to the first projections, or to where streams join."""
+        for node in self.function.operators():
+            if node in self.leader:
+                self.after[node] = node
+                continue
+            sources = [used for used in node.all_input_nodes if self._continues(used)]
+            if not sources:
+                continue
+            others = [used for used in node.all_input_nodes if used not in sources]
+            time = self._query_time(self.after[sources[0]])
+            if isinstance(time, str) or any(self._joins(node, used, time) for used in others):
+                continue
+            self.after[node] = self.after[sources[0]]
+            for used in sources[1:]:
+                self.leader[self._leader(self.after[used])] = self._leader(self.after[node])
+
+    def _continues(self, node: fx.Node) -> bool:
+        return node in self.after and operator_name(node) != "linear"
+
+    def _joins(self, user: fx.Node, node: fx.Node, time: Axis) -> bool:
+        return self._carries(user, node, time) and self.axes.reached_by(self.time, node)
+
+    def _carries(self, user: fx.Node, node: fx.Node, time: Axis) -> bool:
+        value = user.meta["val"] if node.op == "output" else node.meta["val"]
+        if isinstance(value, (list, tuple)):
+            several = range(len(value))
+            naming = self.axes.naming(user, node)
+            return any(
+                time in product
+                for index in several
+                for product in self.axes.dims(node, naming, index)
+            )
+        return any(time in product for product in self.axes.operand(user, node))
+
+    def _leader(self, node: fx.Node) -> fx.Node:
+        while self.leader[node] is not node:
+            node = self.leader[node]
+        return node
+
+
+def _names(product: Product) -> set[str]:
+    return {axis.name for axis in product if axis.name is not None}

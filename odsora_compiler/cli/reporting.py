@@ -1,0 +1,136 @@
+"""How the commands speak: progress and warnings on stderr, errors without a traceback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
+
+from odsora_compiler.errors import OdsoraError
+
+
+class Reporter:
+    """Progress on stderr: a line that renews itself on a terminal, else a line a stage.
+
+    `quiet` leaves out everything but warnings.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._live = sys.stderr.isatty() and not quiet
+        self._status: Any = None
+        self._stage = ""
+        self._begin = time.perf_counter()
+
+    def __enter__(self) -> Reporter:
+        if self._live:
+            from rich.console import Console
+
+            self._status = Console(stderr=True).status("")
+            self._status.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """A stage of the work: says when it is done and how long it took."""
+        self._stage = name
+        self.step("")
+        begin = time.perf_counter()
+        yield
+        if not self._quiet:
+            self.say(f"{name}  {time.perf_counter() - begin:.1f} s")
+
+    def step(self, text: str) -> None:
+        """What is being done just now; shown on a terminal only."""
+        if self._status is not None:
+            elapsed = time.perf_counter() - self._begin
+            self._status.update(f"{self._stage}  {text}  [{elapsed:.0f} s]".replace("[", "\\["))
+
+    def say(self, text: str) -> None:
+        """A line on stderr."""
+        if self._status is not None:
+            self._status.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+def guarded(work: Callable[[], None], nothing_left: str = "") -> None:
+    """Run `work` and exit: 0 done, 1 the work failed, 2 the command was wrong.
+
+    An error of this project, an interruption or a full disk becomes a message without traceback;
+    ODSORA_DEBUG=1 shows the traceback. `nothing_left` is added when the user interrupts.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    code = 0
+    try:
+        work()
+    except OdsoraError as error:
+        if os.environ.get("ODSORA_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print(f"interrupted{'; ' + nothing_left if nothing_left else ''}", file=sys.stderr)
+        code = 1
+    except BrokenPipeError:
+        # The reader of stdout went away; keep the interpreter from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    sys.exit(code)
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table on stdout; columns of numbers are those whose heading ends in a space."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    for column in columns:
+        right = column.endswith(" ")
+        table.add_column(column.strip(), justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(cell.replace("[", "\\[") for cell in row))
+    width = None if sys.stdout.isatty() else 140
+    Console(width=width, highlight=False).print(table)
+
+
+def size_text(count: float) -> str:
+    """Bytes for people: `1.5 MB`."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} B"
+
+
+def parse_settings(settings: list[str]) -> dict[str, str]:
+    """`["a=1"]` → `{"a": "1"}`; raises `UsageError` on anything else."""
+    from odsora_compiler.errors import UsageError
+
+    found: dict[str, str] = {}
+    for text in settings:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise UsageError(f"--set '{text}': expected name=value", "For example --set depth=8")
+        found[name.strip()] = value
+    return found

@@ -1,0 +1,285 @@
+"""Holding lowered packages to the PyTorch program they were made from, by executing them.
+
+Every chunk whose structure has not run yet is executed on the inputs the reference gives it and
+compared with what PyTorch computes there. Where a run of the whole function is affordable, all
+chunks are executed, chained as a device would chain them. Weights of packages that were not
+executed are read back and compared with the store.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from odsora_compiler.analysis.cost import function_flops
+from odsora_compiler.errors import VerificationError
+from odsora_compiler.ir.drift import Drift, measure_drift
+from odsora_compiler.ir.evaluate import evaluate
+from odsora_compiler.ir.function import Function
+from odsora_compiler.lowering.bundle import LoweredComponent
+from odsora_compiler.mil.interpreter import Interpreter
+from odsora_compiler.mil.package import Package
+from odsora_compiler.runtime.bundle import Bundle
+from odsora_compiler.runtime.runner import Runner
+
+Tensors = Mapping[str, torch.Tensor]
+
+FP32_MAXIMUM = 1e-4  # largest error, of the output's largest value
+FP16_COSINE = 0.9995
+
+# An operation that leaves its operands' scale by more than this, its operands being right, is wrong
+# by itself. In fp16 rounding alone comes near, so there it only helps to name a culprit.
+_LOCAL_TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}
+_SAMPLES = 4096
+
+
+@dataclass
+class AcceptanceReport:
+    """What was compared: (package, function) → drift of the chunk, component.function → drift."""
+
+    chunks: dict[tuple[str, str], Drift] = field(default_factory=dict)
+    functions: dict[str, Drift] = field(default_factory=dict)
+    weights_read_back: int = 0
+
+
+def accept(
+    bundle: Bundle,
+    lowered: Mapping[str, LoweredComponent],
+    inputs: Mapping[str, Tensors],
+    limit_flops: float | None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> AcceptanceReport:
+    """Execute and compare; raises `VerificationError` naming the first chunk and op that drift.
+
+    `inputs`: per component, the inputs of its functions. `limit_flops`: functions that need more
+    for one run are compared by their distinct chunks only; None: whole functions always.
+    """
+    report = AcceptanceReport()
+    for name, component in lowered.items():
+        executed: set[str] = set()
+        for function in component.functions:
+            run = _FunctionRun(bundle, component, function, report, progress)
+            run.compare(inputs[name], limit_flops)
+            executed |= run.executed
+        report.weights_read_back += _read_back(bundle, name, component, executed)
+    return report
+
+
+class _FunctionRun:
+    """One function of one component, compared chunk by chunk."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        lowered: LoweredComponent,
+        function: str,
+        report: AcceptanceReport,
+        progress: Callable[[str], None],
+    ) -> None:
+        self._bundle = bundle
+        self._lowered = lowered
+        self._component = lowered.component
+        self._function = function
+        self._chunked = lowered.functions[function]
+        self._report = report
+        self._progress = progress
+        self._precision = bundle.manifest.precision
+        self.executed: set[str] = set()
+
+    def compare(self, inputs: Tensors, limit_flops: float | None) -> None:
+        flops = function_flops(self._chunked.whole)
+        whole = limit_flops is None or flops <= limit_flops
+        reference = self._compare_chunks(inputs, every=whole)
+        if whole and len(self._chunked.chunks) > 1:
+            self._compare_whole(inputs, reference)
+        elif whole:
+            name = f"{self._component.name}.{self._function}"
+            (self._report.functions[name],) = (
+                self._report.chunks[package.name, self._function]
+                for package in self._lowered.reports
+            )
+
+    def _compare_chunks(self, inputs: Tensors, every: bool) -> Tensors:
+        """Each distinct chunk (or each chunk) on the reference's inputs; the reference's outputs.
+
+        A chunk of a structure seen before is given that chunk's outputs instead of being run:
+        values of the right kind for the chunks after it.
+        """
+        values = dict(inputs)
+        seen: dict[str, list[torch.Tensor]] = {}
+        entry = self._bundle.component(self._component.name).function(self._function)
+        steps = zip(self._chunked.chunks, self._lowered.reports, entry.chunks, strict=True)
+        for (chunk, report, call), freed in zip(steps, self._chunked.last_uses(), strict=True):
+            names = [spec.name for spec in chunk.outputs]
+            if not every and report.structure in seen:
+                values.update(zip(names, seen[report.structure], strict=True))
+            else:
+                given = {spec.name: values[spec.name] for spec in chunk.inputs}
+                self._progress(f"comparing {report.name} {self._function}")
+                outputs = self._compare_chunk(chunk, report.name, given)
+                seen[report.structure] = [outputs[name] for name in names]
+                values.update(outputs)
+            for name in freed:
+                values.pop(name, None)
+            del call
+        return {name: values[value] for name, value in self._chunked.outputs.items()}
+
+    def _compare_chunk(
+        self, chunk: Function, package: str, inputs: Tensors
+    ) -> dict[str, torch.Tensor]:
+        samples: dict[str, _Sample] = {}
+
+        def observe(node: fx.Node, value: torch.Tensor) -> None:
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
+                samples[node.name] = _Sample.of(value)
+
+        expected = evaluate(chunk, self._component.weights, inputs, observe)
+        _refuse_nan(expected, chunk)
+        path = self._bundle.package_path(self._component.name, package)
+        watch = _Watch(chunk, samples, _LOCAL_TOLERANCE[self._precision])
+        entry = self._bundle.component(self._component.name).function(self._function)
+        (call,) = [call for call in entry.chunks if call.package == package]
+        given = {item.name: inputs[item.name].to(item.torch_dtype) for item in call.inputs}
+        interpreter = Interpreter(Package.open(path), self._function)
+        found = interpreter.run(given, watch)
+        interpreter.release()
+        found = {name: found[name].to(value.dtype) for name, value in expected.items()}
+        drift = measure_drift(found, expected)
+        self._report.chunks[package, self._function] = drift
+        self.executed.add(package)
+        problem = self._problem(drift) or watch.problem(self._precision)
+        if problem:
+            raise VerificationError(
+                f"chunk {package}, function '{self._function}': {problem}",
+                f"First operation that drifts: {watch.culprit()}",
+            )
+        return expected
+
+    def _compare_whole(self, inputs: Tensors, reference: Tensors) -> None:
+        name = f"{self._component.name}.{self._function}"
+        self._progress(f"comparing {name} as a whole")
+        runner = Runner(self._bundle)
+        found = runner.run_function(self._component.name, self._function, inputs)
+        runner.release()
+        drift = measure_drift(found, reference)
+        self._report.functions[name] = drift
+        problem = self._problem(drift)
+        if problem:
+            raise VerificationError(
+                f"function '{name}' as a whole: {problem}",
+                "Every chunk alone is within tolerance: errors add up along the chunks. "
+                "Try --precision fp32.",
+            )
+
+    def _problem(self, drift: Drift) -> str:
+        if drift.nan:
+            return str(drift)
+        if self._precision == "fp32" and drift.maximum > FP32_MAXIMUM:
+            return f"the package is {drift.maximum:.2e} off, at most {FP32_MAXIMUM:g} is allowed"
+        if self._precision == "fp16" and drift.cosine < FP16_COSINE:
+            return f"the package's cosine is {drift.cosine:.6f}, at least {FP16_COSINE} is needed"
+        return ""
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A few values of a tensor at fixed places, and its size."""
+
+    shape: tuple[int, ...]
+    values: torch.Tensor
+    peak: float
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Sample:
+        flat = tensor.reshape(-1)
+        places = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel())).round().long()
+        return cls(tuple(tensor.shape), flat[places].float(), float(flat.abs().max()))
+
+
+class _Watch:
+    """Sees every value a package computes and compares those that are values of the graph too."""
+
+    def __init__(self, chunk: Function, expected: Mapping[str, _Sample], tolerance: float) -> None:
+        self._nodes = {node.name: node for node in chunk.operators()}
+        self._expected = expected
+        self._tolerance = tolerance
+        self._errors: dict[str, float] = {}
+        self._own_error: str | None = None
+        self._first_large: str | None = None
+        self._nan: str | None = None
+
+    def __call__(self, name: str, op: str, value: torch.Tensor) -> None:
+        if not value.is_floating_point() or not value.numel():
+            return
+        if self._nan is None and bool(torch.isnan(value).any()):
+            self._nan = f"{op} '{name}' gives NaN{self._place(name)}"
+        node = self._nodes.get(_graph_name(name))
+        if node is None or node.name not in self._expected or node.name in self._errors:
+            return
+        expected = self._expected[node.name]
+        if tuple(value.shape) != expected.shape:
+            return
+        sample = _Sample.of(value)
+        error = float((sample.values - expected.values).abs().nan_to_num(torch.inf).max())
+        self._errors[node.name] = error
+        sources = [used.name for used in node.all_input_nodes if used.name in self._expected]
+        scale = max([expected.peak, *(self._expected[source].peak for source in sources)])
+        if error <= self._tolerance * scale:
+            return
+        text = f"{op} '{name}', off by {error:.2e} at values up to {scale:.2e}{self._place(name)}"
+        self._first_large = self._first_large or text
+        inherited = any(
+            self._errors.get(source, 0.0) > 0.1 * self._tolerance * self._expected[source].peak
+            for source in sources
+        )
+        if not inherited:
+            self._own_error = self._own_error or text
+
+    def problem(self, precision: str) -> str:
+        """What is wrong even where the outputs hide it."""
+        if self._nan is not None:
+            return self._nan
+        if precision == "fp32" and self._own_error is not None:
+            return "an operation computes something else than PyTorch"
+        return ""
+
+    def culprit(self) -> str:
+        """The first operation that drifts, in words."""
+        return (
+            self._nan
+            or self._own_error
+            or self._first_large
+            or "none by itself (only values with a counterpart in the graph are compared)"
+        )
+
+    def _place(self, name: str) -> str:
+        node = self._nodes.get(_graph_name(name))
+        return f" [{node.target} {node.meta['provenance']}]" if node is not None else ""
+
+
+def _graph_name(name: str) -> str:
+    """The graph node a package's value is named after; coremltools appends `_cast_fp16` etc."""
+    return re.sub(r"(_cast_fp\d+|_to_fp\d+|_fp\d+)+$", "", name)
+
+
+def _refuse_nan(outputs: Tensors, chunk: Function) -> None:
+    bad = [name for name, value in outputs.items() if bool(value.isnan().any())]
+    if bad:
+        raise VerificationError(
+            f"PyTorch itself gives NaN in '{bad[0]}' of function '{chunk.name}'",
+            "The model's weights or example inputs are at fault; nothing can be compared with NaN.",
+        )
+
+
+def _read_back(bundle: Bundle, name: str, lowered: LoweredComponent, executed: set[str]) -> int:
+    """Compare the weights of packages that were not executed; how many tensors were compared."""
+    count = 0
+    for report in lowered.reports:
+        if report.name not in executed:
+            path = bundle.package_path(name, report.name)
+            count += report.compare_weights(path, lowered.component.weights)
+    return count

@@ -1,0 +1,72 @@
+"""From a program to a verified bundle at a path, which appears there complete or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from odsora_compiler.driver.acceptance import AcceptanceReport, accept
+from odsora_compiler.driver.output import check_settings, output_folder
+from odsora_compiler.ir.program import Program
+from odsora_compiler.ir.reference import evaluate_program
+from odsora_compiler.ir.verify import verify_program
+from odsora_compiler.lowering.bundle import write_bundle, write_examples
+from odsora_compiler.lowering.chunks import LoweringSettings
+from odsora_compiler.pipeline.instruments import program_flops
+from odsora_compiler.pipeline.manager import NUMERIC_LIMIT_FLOPS
+from odsora_compiler.runtime.bundle import Bundle
+
+
+def lower(
+    program: Program,
+    out: str | Path,
+    *,
+    precision: str = "fp16",
+    target: str = "iOS18",
+    verify: str = "numeric",
+    force: bool = False,
+    progress: Callable[[str], None] = lambda text: None,
+    on_accepted: Callable[[AcceptanceReport], None] = lambda report: None,
+) -> Path:
+    """Lower `program` to a bundle at `out`; returns the bundle's path.
+
+    `precision`: `"fp16"` or `"fp32"`. `verify`: `"structure"` writes without executing; `"numeric"`
+    executes every distinct chunk, and whole functions where they are affordable; `"full"` all.
+    `force` replaces an existing bundle. `on_accepted` is given what was compared. Raises
+    `UsageError`, `LoweringError` or `VerificationError`; nothing is left at `out` then.
+    """
+    check_settings(precision, target, verify)
+    verify_program(program)
+    settings = LoweringSettings(precision=precision, target=target)
+    with output_folder(Path(out), force) as folder:
+        lowered = write_bundle(program, folder, settings, progress)
+        outputs: Mapping[str, torch.Tensor] = {}
+        if verify != "structure":
+            limit = None if verify == "full" else NUMERIC_LIMIT_FLOPS
+            inputs = component_inputs(program)
+            on_accepted(accept(Bundle(folder), lowered, inputs, limit, progress))
+            if limit is None or program_flops(program) <= limit:
+                outputs = evaluate_program(program, program.examples)
+        write_examples(folder, program.examples, outputs)
+    return Path(out)
+
+
+def component_inputs(program: Program) -> Mapping[str, Mapping[str, torch.Tensor]]:
+    """What the host's first call gives each component, on the program's examples.
+
+    With a single component called straight from the host's inputs nothing needs to be computed;
+    otherwise the host is run.
+    """
+    found: dict[str, Mapping[str, torch.Tensor]] = {}
+    first = program.calls()[:1]
+    if len(program.components) == 1 and first:
+        given = first[0].kwargs
+        if all(getattr(value, "op", "") == "placeholder" for value in given.values()):
+            names = {key: str(getattr(value, "target", "")) for key, value in given.items()}
+            return {str(first[0].args[0]): {key: program.examples[n] for key, n in names.items()}}
+    evaluate_program(
+        program, program.examples, lambda name, inputs: found.setdefault(name, dict(inputs))
+    )
+    return found

@@ -1,0 +1,194 @@
+"""manifest.json of a bundle: what lowering writes and running reads.
+
+    schema       version of this format; a reader refuses newer ones
+    name, pipeline, precision, target, versions
+    components   name → functions (inputs, outputs, chunks in order of execution) and packages
+                 (file, functions, bytes, checksums of every file)
+    host         the host graph: operators by name, arguments, shapes (see ir.serialize)
+    plans        component → budget, cost and chunks with reasons, as the partitioner left them
+
+Beside it lie the packages and examples.safetensors: `in.NAME` an example of every host input and,
+where PyTorch computed them, `out.NAME` the outputs it gave.
+
+Shapes are lists, dtypes words such as `"float16"`. Everything is plain JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from odsora_compiler.errors import PackageError, RunError, nearest
+
+SCHEMA_VERSION = 1
+FILE_NAME = "manifest.json"
+EXAMPLES_NAME = "examples.safetensors"
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A named tensor at the edge of a function or chunk. `axes` as in `ModelSpec`, or None."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    axes: str | None = None
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The torch type of that name."""
+        found = getattr(torch, self.dtype, None)
+        if not isinstance(found, torch.dtype):
+            raise PackageError(f"'{self.name}' has an unknown type '{self.dtype}'")
+        return found
+
+    def __str__(self) -> str:
+        named = f' "{self.axes}"' if self.axes else ""
+        return f"{self.name}: {self.dtype}[{', '.join(map(str, self.shape))}]{named}"
+
+
+@dataclass(frozen=True)
+class ChunkCall:
+    """One step of a function: a function of a package, with the values it takes and gives."""
+
+    package: str
+    inputs: tuple[Feature, ...]
+    outputs: tuple[Feature, ...]
+
+
+@dataclass(frozen=True)
+class FunctionEntry:
+    """A function of a component: chunks in order; `results` maps output name → value name."""
+
+    inputs: tuple[Feature, ...]
+    outputs: tuple[Feature, ...]
+    chunks: tuple[ChunkCall, ...]
+    results: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class PackageEntry:
+    """One .mlpackage. `files`: path inside it → (bytes, SHA-256). `conversion`: how it was made.
+
+    `structure` is equal for packages that differ only in their weights. `name` is the file's stem.
+    """
+
+    path: str
+    functions: tuple[str, ...]
+    weight_bytes: int
+    structure: str
+    conversion: str
+    files: Mapping[str, tuple[int, str]]
+
+
+@dataclass(frozen=True)
+class ComponentEntry:
+    """One network of the bundle."""
+
+    functions: Mapping[str, FunctionEntry]
+    packages: Mapping[str, PackageEntry]
+
+    def function(self, name: str) -> FunctionEntry:
+        """The entry of that name; raises `RunError` with the nearest names."""
+        if name not in self.functions:
+            raise RunError(f"the bundle has no function '{name}'", nearest(name, self.functions))
+        return self.functions[name]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole of manifest.json."""
+
+    name: str
+    pipeline: str
+    precision: str
+    target: str
+    versions: Mapping[str, str]
+    components: Mapping[str, ComponentEntry]
+    host: Mapping[str, Any]
+    plans: Mapping[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Write manifest.json into `folder`."""
+        data = {"schema": SCHEMA_VERSION, **asdict(self)}
+        (folder / FILE_NAME).write_text(json.dumps(data, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read manifest.json from `folder`; raises `PackageError` when it cannot be used."""
+        path = folder / FILE_NAME
+        try:
+            data = json.loads(path.read_text())
+        except OSError as error:
+            raise PackageError(
+                f"{folder}: not a bundle: {FILE_NAME} cannot be read ({error.strerror})",
+                "A bundle is a folder NAME.odsora that odsora-compile wrote.",
+            ) from error
+        except ValueError as error:
+            raise PackageError(f"{path}: not valid JSON ({error})") from error
+        schema = data.get("schema") if isinstance(data, dict) else None
+        if not isinstance(schema, int) or not 1 <= schema <= SCHEMA_VERSION:
+            raise PackageError(
+                f"{path}: schema version {schema}, this release reads up to {SCHEMA_VERSION}",
+                "Update odsora-compiler, or compile the bundle again with this release.",
+            )
+        try:
+            return _read(data)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise PackageError(f"{path}: damaged manifest ({error!r})") from error
+
+
+def _read(data: Mapping[str, Any]) -> Manifest:
+    return Manifest(
+        data["name"],
+        data["pipeline"],
+        data["precision"],
+        data["target"],
+        data["versions"],
+        {name: _component(entry) for name, entry in data["components"].items()},
+        data["host"],
+        data["plans"],
+    )
+
+
+def _component(data: Mapping[str, Any]) -> ComponentEntry:
+    return ComponentEntry(
+        {name: _function(entry) for name, entry in data["functions"].items()},
+        {name: _package(entry) for name, entry in data["packages"].items()},
+    )
+
+
+def _function(data: Mapping[str, Any]) -> FunctionEntry:
+    return FunctionEntry(
+        _features(data["inputs"]),
+        _features(data["outputs"]),
+        tuple(
+            ChunkCall(item["package"], _features(item["inputs"]), _features(item["outputs"]))
+            for item in data["chunks"]
+        ),
+        dict(data["results"]),
+    )
+
+
+def _package(data: Mapping[str, Any]) -> PackageEntry:
+    files = {name: (int(size), str(digest)) for name, (size, digest) in data["files"].items()}
+    return PackageEntry(
+        data["path"],
+        tuple(data["functions"]),
+        data["weight_bytes"],
+        data["structure"],
+        data["conversion"],
+        files,
+    )
+
+
+def _features(data: list[Mapping[str, Any]]) -> tuple[Feature, ...]:
+    return tuple(
+        Feature(item["name"], item["dtype"], tuple(item["shape"]), item.get("axes"))
+        for item in data
+    )

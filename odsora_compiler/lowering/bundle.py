@@ -1,0 +1,161 @@
+"""Writing a bundle: every component's chunks as packages, and the manifest."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from odsora_compiler.ir.chunks import ChunkedFunction, split
+from odsora_compiler.ir.function import TensorSpec, dtype_name
+from odsora_compiler.ir.manifest import (
+    EXAMPLES_NAME,
+    ChunkCall,
+    ComponentEntry,
+    Feature,
+    FunctionEntry,
+    Manifest,
+    PackageEntry,
+)
+from odsora_compiler.ir.program import Component, Program
+from odsora_compiler.ir.serialize import function_to_data
+from odsora_compiler.lowering.chunks import (
+    ChunkSource,
+    LoweringSettings,
+    PackageReport,
+    lower_chunks,
+)
+
+
+@dataclass(frozen=True)
+class LoweredComponent:
+    """What lowering a component gave: functions as cut, a report per package, in order."""
+
+    component: Component
+    functions: dict[str, ChunkedFunction]
+    reports: tuple[PackageReport, ...]
+
+
+def write_bundle(
+    program: Program,
+    folder: Path,
+    settings: LoweringSettings,
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, LoweredComponent]:
+    """Lower `program` into the empty `folder`; returns what became of each component.
+
+    Raises `LoweringError` when a chunk cannot be converted, OSError when the disk is full.
+    """
+    lowered: dict[str, LoweredComponent] = {}
+    entries: dict[str, ComponentEntry] = {}
+    for name, component in program.components.items():
+        lowered[name] = _lower_component(component, folder, settings, progress)
+        entries[name] = _component_entry(lowered[name], folder)
+    manifest = Manifest(
+        program.name,
+        ",".join(program.history),
+        settings.precision,
+        settings.target,
+        {
+            package: metadata.version(package)
+            for package in ("odsora-compiler", "torch", "coremltools")
+        },
+        entries,
+        function_to_data(program.host),
+        {
+            name: asdict(component.plan)
+            for name, component in program.components.items()
+            if component.plan is not None
+        },
+    )
+    manifest.save(folder)
+    return lowered
+
+
+def write_examples(
+    folder: Path, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]
+) -> None:
+    """Put example inputs, and the outputs PyTorch gave on them, into the bundle."""
+    tensors = {f"in.{name}": value for name, value in inputs.items()}
+    tensors |= {f"out.{name}": value for name, value in outputs.items()}
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / EXAMPLES_NAME)
+
+
+def _lower_component(
+    component: Component,
+    folder: Path,
+    settings: LoweringSettings,
+    progress: Callable[[str], None],
+) -> LoweredComponent:
+    functions = {name: split(whole, component) for name, whole in component.functions.items()}
+    crossing = frozenset(
+        spec.name
+        for chunked in functions.values()
+        for spec in _crossing(chunked)
+        if spec.dtype == torch.float32
+    )
+    count = len(next(iter(functions.values())).chunks)
+    digits = max(2, len(str(count - 1)))
+    sources = [
+        ChunkSource(
+            f"{component.name}-{index:0{digits}d}",
+            {name: chunked.chunks[index] for name, chunked in functions.items()},
+            half_io=crossing,
+        )
+        for index in range(count)
+    ]
+    target = folder / "packages"
+    target.mkdir(exist_ok=True)
+    reports = lower_chunks(sources, component.weights, target, settings, progress)
+    return LoweredComponent(component, functions, tuple(reports))
+
+
+def _crossing(chunked: ChunkedFunction) -> list[TensorSpec]:
+    """Values that pass between chunks and are neither inputs nor outputs of the whole."""
+    outside = {spec.name for spec in chunked.whole.inputs} | set(chunked.outputs.values())
+    return [spec for chunk in chunked.chunks for spec in chunk.outputs if spec.name not in outside]
+
+
+def _component_entry(lowered: LoweredComponent, folder: Path) -> ComponentEntry:
+    functions = {}
+    for name, chunked in lowered.functions.items():
+        calls = tuple(
+            ChunkCall(report.name, report.inputs[name], report.outputs[name])
+            for report in lowered.reports
+        )
+        functions[name] = FunctionEntry(
+            tuple(_feature(spec) for spec in chunked.whole.inputs),
+            tuple(_feature(spec) for spec in chunked.whole.outputs),
+            calls,
+            chunked.outputs,
+        )
+    packages = {
+        report.name: PackageEntry(
+            f"packages/{report.name}.mlpackage",
+            tuple(lowered.functions),
+            report.weight_bytes,
+            report.structure,
+            report.conversion,
+            _files(folder / "packages" / f"{report.name}.mlpackage"),
+        )
+        for report in lowered.reports
+    }
+    return ComponentEntry(functions, packages)
+
+
+def _feature(spec: TensorSpec) -> Feature:
+    return Feature(spec.name, dtype_name(spec.dtype), spec.shape, spec.axes)
+
+
+def _files(package: Path) -> dict[str, tuple[int, str]]:
+    found = {}
+    for file in sorted(path for path in package.rglob("*") if path.is_file()):
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        found[file.relative_to(package).as_posix()] = (file.stat().st_size, digest)
+    return found

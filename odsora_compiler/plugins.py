@@ -1,0 +1,148 @@
+"""Plugins: distributions that add passes, found through the entry point group `odsora.plugins`.
+
+A plugin is a module (or object) with the hook below. One that fails to import is reported and left
+out; the others still load. `ODSORA_PLUGINS=` (set, but empty) switches discovery off except for the
+built-in passes; a comma-separated list of entry point names loads those only.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from odsora_compiler.errors import PluginError, UsageError, nearest
+
+if TYPE_CHECKING:
+    from odsora_compiler.pipeline.base import Pass
+
+GROUP = "odsora.plugins"
+BUILTIN_DISTRIBUTION = "odsora-compiler"
+_PROJECT = "odsora"
+
+hookspec = pluggy.HookspecMarker(_PROJECT)
+hookimpl = pluggy.HookimplMarker(_PROJECT)
+
+
+class Hooks:
+    """What a plugin may implement."""
+
+    @hookspec
+    def odsora_passes(self) -> Iterable[type[Pass]]:  # type: ignore[empty-body]
+        """Return the pass classes this plugin adds; each has a `name` of its own.
+
+        Called once, when the registry is built. Implement it in the module that the entry point
+        names::
+
+            from odsora_compiler.plugins import hookimpl
+
+            @hookimpl
+            def odsora_passes():
+                from my_plugin.passes import MyPass
+                return [MyPass]
+        """
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A pass and the distribution it came from."""
+
+    cls: type[Pass]
+    distribution: str
+
+
+class Registry(Mapping[str, Registered]):
+    """Pass name → pass class and its distribution.
+
+    `skipped` says which plugins could not be loaded, and why.
+    """
+
+    def __init__(self, passes: Mapping[str, Registered], skipped: Iterable[str] = ()) -> None:
+        self._passes = dict(sorted(passes.items()))
+        self.skipped = tuple(skipped)
+
+    def __getitem__(self, name: str) -> Registered:
+        return self._passes[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._passes)
+
+    def __len__(self) -> int:
+        return len(self._passes)
+
+    def find(self, name: str) -> type[Pass]:
+        """The pass class; raises `UsageError` with the nearest names."""
+        if name not in self._passes:
+            raise UsageError(f"there is no pass '{name}'", nearest(name, self._passes))
+        return self._passes[name].cls
+
+
+def load_registry(
+    entry_points: Iterable[metadata.EntryPoint] | None = None,
+    report: Callable[[str], None] | None = None,
+) -> Registry:
+    """Load the plugins and collect their passes.
+
+    `entry_points`: what to load instead of what is installed. `report` is given a sentence for each
+    plugin left out (default: a line on stderr). Raises `PluginError` when two distributions
+    register one pass name.
+    """
+    tell = report or (lambda text: print(f"odsora: {text}", file=sys.stderr))
+    found = metadata.entry_points(group=GROUP) if entry_points is None else entry_points
+    manager = pluggy.PluginManager(_PROJECT)
+    manager.add_hookspecs(Hooks)
+    distributions: dict[int, str] = {}
+    skipped: list[str] = []
+    for entry in _selected(sorted(found, key=lambda item: (_distribution(item), item.name))):
+        try:
+            plugin = entry.load()
+            manager.register(plugin, name=f"{_distribution(entry)}:{entry.name}")
+            manager.check_pending()
+        except Exception as error:
+            skipped.append(
+                f"plugin '{entry.name}' of {_distribution(entry)} is left out: "
+                f"{type(error).__name__}: {error}"
+            )
+            tell(skipped[-1])
+            continue
+        distributions[id(plugin)] = _distribution(entry)
+    passes: dict[str, Registered] = {}
+    for implementation in manager.hook.odsora_passes.get_hookimpls():
+        distribution = distributions[id(implementation.plugin)]
+        try:
+            registered: Any = implementation.function()
+            classes: list[type[Pass]] = list(registered)
+        except Exception as error:
+            skipped.append(f"plugin of {distribution} is left out: {type(error).__name__}: {error}")
+            tell(skipped[-1])
+            continue
+        for cls in classes:
+            _add(passes, cls, distribution)
+    return Registry(passes, skipped)
+
+
+def _add(passes: dict[str, Registered], cls: type[Pass], distribution: str) -> None:
+    name = cls.name
+    if name in passes and passes[name].cls is not cls:
+        raise PluginError(
+            f"pass '{name}' is registered by both {passes[name].distribution} and {distribution}",
+            "Uninstall one of them, or choose the plugins to load with ODSORA_PLUGINS=name,name.",
+        )
+    passes[name] = Registered(cls, distribution)
+
+
+def _selected(found: list[metadata.EntryPoint]) -> Iterator[metadata.EntryPoint]:
+    setting = os.environ.get("ODSORA_PLUGINS")
+    wanted = None if setting is None else {name for name in setting.split(",") if name}
+    for entry in found:
+        if _distribution(entry) == BUILTIN_DISTRIBUTION or wanted is None or entry.name in wanted:
+            yield entry
+
+
+def _distribution(entry: metadata.EntryPoint) -> str:
+    return entry.dist.name if entry.dist is not None else "an unknown distribution"

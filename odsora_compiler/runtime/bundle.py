@@ -1,0 +1,86 @@
+"""An opened bundle: its manifest and the packages it names, checked before they are used."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from odsora_compiler.errors import PackageError
+from odsora_compiler.ir.manifest import EXAMPLES_NAME, ComponentEntry, Manifest, PackageEntry
+from odsora_compiler.ir.weights import FileWeights
+
+
+class Bundle:
+    """A folder `NAME.odsora` that `odsora-compile` wrote. Loading one runs no code of it.
+
+    Raises `PackageError` when the manifest cannot be used, a package is missing, or a file has
+    another size than the manifest says.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.manifest = Manifest.load(self.path)
+        for name, component in self.manifest.components.items():
+            self._check_component(name, component)
+
+    def component(self, name: str) -> ComponentEntry:
+        """The entry of a component."""
+        if name not in self.manifest.components:
+            raise PackageError(f"{self.path}: the manifest has no component '{name}'")
+        return self.manifest.components[name]
+
+    def package_path(self, component: str, package: str) -> Path:
+        """Where a package lies."""
+        return self.path / self.component(component).packages[package].path
+
+    def examples(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Example inputs, and the outputs PyTorch gave on them where it was asked (else empty)."""
+        files = FileWeights(self.path / EXAMPLES_NAME)
+        found: dict[str, dict[str, torch.Tensor]] = {"in": {}, "out": {}}
+        for name in files.names():
+            side, _, tensor = name.partition(".")
+            found[side][tensor] = files.load(name)
+        return found["in"], found["out"]
+
+    def verify_checksums(self, component: str, package: str) -> None:
+        """Read every file of the package; raises `PackageError` naming one that was changed."""
+        entry = self.component(component).packages[package]
+        for name, (_, expected) in entry.files.items():
+            file = self.path / entry.path / name
+            with file.open("rb") as stream:
+                found = hashlib.file_digest(stream, "sha256").hexdigest()
+            if found != expected:
+                raise PackageError(
+                    f"{file}: its checksum is not the one in the manifest",
+                    "The file was changed or damaged: copy the bundle again or recompile it.",
+                )
+
+    def _check_component(self, name: str, component: ComponentEntry) -> None:
+        for function in component.functions.values():
+            for call in function.chunks:
+                if call.package not in component.packages:
+                    raise PackageError(
+                        f"{self.path}: component '{name}' needs package '{call.package}', "
+                        "which the manifest does not list"
+                    )
+        for package in component.packages.values():
+            self._check_files(package)
+
+    def _check_files(self, package: PackageEntry) -> None:
+        folder = self.path / package.path
+        if not folder.resolve().is_relative_to(self.path.resolve()):
+            raise PackageError(f"{self.path}: the manifest names a file outside: {package.path}")
+        for name, (size, _) in package.files.items():
+            file = folder / name
+            if not file.is_file():
+                raise PackageError(
+                    f"{self.path}: chunk {package.path} is incomplete: {name} is missing",
+                    "Copy the bundle again or recompile it.",
+                )
+            if file.stat().st_size != size:
+                raise PackageError(
+                    f"{file}: {file.stat().st_size} bytes, the manifest says {size}",
+                    "The file is truncated or was changed: copy the bundle again or recompile it.",
+                )
