@@ -8,6 +8,7 @@ built-in passes; a comma-separated list of entry point names loads those only.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -98,17 +99,25 @@ def load_registry(
     manager.add_hookspecs(Hooks)
     distributions: dict[int, str] = {}
     skipped: list[str] = []
-    for entry in _selected(sorted(found, key=lambda item: (_distribution(item), item.name))):
+
+    def leave_out(what: str, error: BaseException) -> None:
+        skipped.append(f"{what} is left out: {type(error).__name__}: {error}")
+        tell(skipped[-1])
+
+    ordered = sorted(found, key=lambda item: (_distribution(item), item.name))
+    for name in sorted(_wanted(os.environ) - {entry.name for entry in ordered}):
+        known = nearest(name, {entry.name for entry in ordered})
+        tell(f"ODSORA_PLUGINS names '{name}', which is not installed. {known}")
+    for entry in _selected(ordered):
+        name = f"{_distribution(entry)}:{entry.name}"
         try:
             plugin = entry.load()
-            manager.register(plugin, name=f"{_distribution(entry)}:{entry.name}")
+            manager.register(plugin, name=name)
             manager.check_pending()
-        except Exception as error:
-            skipped.append(
-                f"plugin '{entry.name}' of {_distribution(entry)} is left out: "
-                f"{type(error).__name__}: {error}"
-            )
-            tell(skipped[-1])
+        except (Exception, SystemExit) as error:
+            if manager.has_plugin(name):
+                manager.unregister(name=name)
+            leave_out(f"plugin '{entry.name}' of {_distribution(entry)}", error)
             continue
         distributions[id(plugin)] = _distribution(entry)
     passes: dict[str, Registered] = {}
@@ -116,10 +125,9 @@ def load_registry(
         distribution = distributions[id(implementation.plugin)]
         try:
             registered: Any = implementation.function()
-            classes: list[type[Pass]] = list(registered)
-        except Exception as error:
-            skipped.append(f"plugin of {distribution} is left out: {type(error).__name__}: {error}")
-            tell(skipped[-1])
+            classes: list[type[Pass]] = [_checked(item) for item in registered]
+        except (Exception, SystemExit) as error:
+            leave_out(f"plugin '{implementation.plugin_name}'", error)
             continue
         for cls in classes:
             _add(passes, cls, distribution)
@@ -137,11 +145,27 @@ def _add(passes: dict[str, Registered], cls: type[Pass], distribution: str) -> N
 
 
 def _selected(found: list[metadata.EntryPoint]) -> Iterator[metadata.EntryPoint]:
-    setting = os.environ.get("ODSORA_PLUGINS")
-    wanted = None if setting is None else {name for name in setting.split(",") if name}
+    everything = "ODSORA_PLUGINS" not in os.environ
+    wanted = _wanted(os.environ)
     for entry in found:
-        if _distribution(entry) == BUILTIN_DISTRIBUTION or wanted is None or entry.name in wanted:
+        if everything or _distribution(entry) == BUILTIN_DISTRIBUTION or entry.name in wanted:
             yield entry
+
+
+def _wanted(environment: Mapping[str, str]) -> set[str]:
+    names = environment.get("ODSORA_PLUGINS", "").split(",")
+    return {name.strip() for name in names if name.strip()}
+
+
+def _checked(item: Any) -> type[Pass]:
+    """`item`, or TypeError when it is no pass class: one with a name, options and `run`."""
+    name = getattr(item, "name", None)
+    if not isinstance(item, type) or not callable(getattr(item, "run", None)):
+        raise TypeError(f"odsora_passes returned {item!r}, which is no pass class")
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][\w-]*", name):
+        raise TypeError(f"pass class {item.__name__} has no usable name: {name!r}")
+    checked: type[Pass] = item
+    return checked
 
 
 def _distribution(entry: metadata.EntryPoint) -> str:

@@ -1,4 +1,4 @@
-"""Attention sites: the part of a graph between the projections before an attention and the one after.
+"""Attention sites: the parts of a graph from the projections before an attention to the one after.
 
 Sites are found from operators and axes alone, never from names of modules or weights. What to do
 with a site is a pass's business.
@@ -35,14 +35,15 @@ class AttentionSite:
     """A region around one attention, or several that share an output projection.
 
     `nodes`: every operator of the region through which time passes, in graph order, from the
-    projections of query, key and value to the output projection. `exits`: those of them that the
-    rest of the graph reads. `time`: the time axis of the queries.
+    projections of query, key and value (`entries`) to the output projection. `exits`: those of them
+    that the rest of the graph reads. `time`: the time axis of the queries.
     """
 
     kind: Site
     time: Axis
     attentions: tuple[fx.Node, ...]
     nodes: tuple[fx.Node, ...]
+    entries: tuple[fx.Node, ...]
     exits: tuple[fx.Node, ...]
 
 
@@ -59,7 +60,7 @@ def attention_sites(
 ) -> list[AttentionSite | UnusableSite]:
     """All attention sites of `function`, in graph order, `time` naming the time axis."""
     search = _Search(function, axes, time)
-    return [search.site(group) for group in search.groups()]
+    return [search.site(*group) for group in search.groups()]
 
 
 class _Search:
@@ -79,32 +80,40 @@ class _Search:
         self.leader = {node: node for node in self.attentions}
         self._grow()
 
-    def groups(self) -> Iterator[tuple[fx.Node, ...]]:
+    def groups(self) -> Iterator[tuple[tuple[fx.Node, ...], set[fx.Node]]]:
+        """Attentions that share projections behind them, with the operators up to these."""
         members: dict[fx.Node, list[fx.Node]] = {}
         for node in self.attentions:
             members.setdefault(self._leader(node), []).append(node)
-        yield from map(tuple, members.values())
+        after: dict[fx.Node, set[fx.Node]] = {leader: set() for leader in members}
+        for node, attention in self.after.items():
+            after[self._leader(attention)].add(node)
+        for leader, group in members.items():
+            yield tuple(group), after[leader]
 
-    def site(self, group: tuple[fx.Node, ...]) -> AttentionSite | UnusableSite:
-        for node in group:
-            reason = self.before[node]
-            if isinstance(reason, str):
-                return UnusableSite(group, reason)
+    def site(self, group: tuple[fx.Node, ...], after: set[fx.Node]) -> AttentionSite | UnusableSite:
+        before: set[fx.Node] = set()
+        for attention in group:
+            found = self.before[attention]
+            if isinstance(found, str):
+                return UnusableSite(group, found)
+            before |= found
         times = {self._query_time(node) for node in group}
         kinds = {self._kind(node) for node in group}
         if len(times) > 1 or len(kinds) > 1:
             return UnusableSite(group, "attentions of different kinds share one output projection")
-        inside = {node for member in group for node in self.before[member]}
-        inside |= {node for node, one in self.after.items() if self._leader(one) in group}
-        nodes = tuple(node for node in self.function.operators() if node in inside)
+        (time,), (kind,) = times, kinds
+        assert isinstance(time, Axis)
+        nodes = tuple(sorted(before | after))
+        entries = tuple(
+            node for node in nodes if node in before and operator_name(node) == "linear"
+        )
         exits = tuple(
             node
             for node in nodes
-            if node in self.after and any(user not in self.after for user in node.users)
+            if node in after and any(user not in after for user in node.users)
         )
-        (time,), (kind,) = times, kinds
-        assert isinstance(time, Axis)
-        return AttentionSite(kind, time, group, nodes, exits)
+        return AttentionSite(kind, time, group, nodes, entries, exits)
 
     def _query_time(self, attention: fx.Node) -> Axis | str:
         query = bind(attention)["query"]
@@ -173,16 +182,14 @@ class _Search:
         return self._carries(user, node, time) and self.axes.reached_by(self.time, node)
 
     def _carries(self, user: fx.Node, node: fx.Node, time: Axis) -> bool:
-        value = user.meta["val"] if node.op == "output" else node.meta["val"]
-        if isinstance(value, (list, tuple)):
-            several = range(len(value))
-            naming = self.axes.naming(user, node)
-            return any(
-                time in product
-                for index in several
-                for product in self.axes.dims(node, naming, index)
-            )
-        return any(time in product for product in self.axes.operand(user, node))
+        value = node.meta["val"]
+        count = len(value) if isinstance(value, (list, tuple)) else 1
+        naming = self.axes.naming(user, node)
+        return any(
+            time in product
+            for output in range(count)
+            for product in self.axes.dims(node, naming, output)
+        )
 
     def _leader(self, node: fx.Node) -> fx.Node:
         while self.leader[node] is not node:

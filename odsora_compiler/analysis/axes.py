@@ -123,10 +123,9 @@ class AxisAnalysis:
             self._reached[name] = reached
         return node in self._reached[name]
 
-    def size(self, name: str) -> int | None:
-        """Size of input axis `name`, 1 included; None when no input has it or the sizes differ."""
-        sizes = self._sizes.get(name, set())
-        return next(iter(sizes)) if len(sizes) == 1 else None
+    def sizes(self, name: str) -> frozenset[int]:
+        """Sizes that inputs give axis `name`, 1 included; empty when no input has it."""
+        return frozenset(self._sizes.get(name, ()))
 
     # -------------------------------------------------------------- the walk
 
@@ -151,17 +150,17 @@ class AxisAnalysis:
         for node, names in inputs.items():
             dims: list[Product] = []
             for parts, size in zip(names, node.meta["val"].shape, strict=True):
-                known = _part_sizes(parts, size, self._sizes)
-                if known is None:
+                known = _part_sizes(parts, size, self._sizes) if parts else None
+                if parts and known is None:
                     self.conflicts.append(
                         f"input '{node.target}': the sizes of ({' '.join(parts)}), {size} in all, "
                         "are not given by other inputs"
                     )
-                    dims.append(fresh(size))
-                elif parts:
-                    dims.append(tuple(one for pair in known for one in axis(*pair)))
-                else:
-                    dims.append(fresh(size))
+                dims.append(
+                    tuple(one for pair in known for one in axis(*pair)) if known else fresh(size)
+                )
+                for part, length in known or ():
+                    self._sizes.setdefault(part, set()).add(length)
             self._dims[node] = tuple(dims)
         return inputs
 

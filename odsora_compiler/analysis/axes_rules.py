@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -73,11 +73,16 @@ def propagate(visit: Visit) -> Dims | list[Dims]:
     value = visit.node.meta["val"]
     rule = rule_for(visit.node)
     result = rule(visit) if rule is not None else None
-    if result is not None:
-        return result
     if isinstance(value, torch.Tensor):
-        return fresh_dims(value.shape)
+        return result if _fits(result, value) else fresh_dims(value.shape)
+    if isinstance(result, list) and all(map(_fits, result, value)):
+        return result
     return [fresh_dims(item.shape) for item in value]
+
+
+def _fits(dims: Dims | list[Dims] | None, value: torch.Tensor) -> TypeGuard[Dims]:
+    """Whether a rule's result is of the value's shape; overloads of one name differ in theirs."""
+    return isinstance(dims, tuple) and [*map(size_of, dims)] == [*value.shape]
 
 
 def rule_for(node: fx.Node) -> Rule | None:

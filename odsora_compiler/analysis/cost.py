@@ -1,8 +1,8 @@
 """What nodes cost: floating-point operations, and bytes in the precision of lowering.
 
-FLOPs count a multiplication and an addition as two. Exact for contractions (linear, matrix products,
-convolutions, attention, einsum); every other operator counts one an element, an estimate good enough
-to tell cheap from dear. Nothing here measures time.
+FLOPs count a multiplication and an addition as two. Exact for contractions (linear, matrix
+products, convolutions, attention, einsum); every other operator counts one an element, an estimate
+good enough to tell cheap from dear. Nothing here measures time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def node_flops(node: fx.Node) -> int:
         return _CONTRACTIONS[node.target](node)
     elements = value_elements(node.meta["val"])
     if torch.Tag.reduction in getattr(node.target, "tags", ()):
-        elements = max(elements, *(value_elements(n.meta["val"]) for n in node.all_input_nodes))
+        inputs = (value_elements(used.meta["val"]) for used in node.all_input_nodes)
+        elements = max([elements, *inputs])
     return elements
 
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 HELP = """Run a bundle that odsora-compile wrote.
 
-Inputs and outputs are safetensors files with one tensor a name. Without inputs, the names, types and
-shapes that the bundle takes and gives are printed. Loading a bundle runs no code of it.
+Inputs and outputs are safetensors files with one tensor a name. Without inputs, the names, types
+and shapes that the bundle takes and gives are printed. Loading a bundle runs no code of it.
 
 Examples:
 
@@ -152,3 +152,7 @@ def _write(results: dict[str, torch.Tensor], out: Path) -> None:
 def main() -> None:
     """Entry point of `odsora-run`."""
     app(prog_name="odsora-run")
+
+
+if __name__ == "__main__":
+    main()

@@ -21,10 +21,11 @@ from odsora_compiler.ir.drift import Drift, measure_drift
 from odsora_compiler.ir.evaluate import evaluate
 from odsora_compiler.ir.function import Function
 from odsora_compiler.lowering.bundle import LoweredComponent
+from odsora_compiler.lowering.chunks import PackageReport
 from odsora_compiler.mil.interpreter import Interpreter
 from odsora_compiler.mil.package import Package
 from odsora_compiler.runtime.bundle import Bundle
-from odsora_compiler.runtime.runner import Runner
+from odsora_compiler.runtime.runner import Runner, as_feature
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -60,12 +61,10 @@ def accept(
     """
     report = AcceptanceReport()
     for name, component in lowered.items():
-        executed: set[str] = set()
         for function in component.functions:
-            run = _FunctionRun(bundle, component, function, report, progress)
-            run.compare(inputs[name], limit_flops)
-            executed |= run.executed
-        report.weights_read_back += _read_back(bundle, name, component, executed)
+            _FunctionRun(bundle, component, function, report, progress).compare(
+                inputs[name], limit_flops
+            )
     return report
 
 
@@ -88,7 +87,6 @@ class _FunctionRun:
         self._report = report
         self._progress = progress
         self._precision = bundle.manifest.precision
-        self.executed: set[str] = set()
 
     def compare(self, inputs: Tensors, limit_flops: float | None) -> None:
         flops = function_flops(self._chunked.whole)
@@ -111,26 +109,28 @@ class _FunctionRun:
         """
         values = dict(inputs)
         seen: dict[str, list[torch.Tensor]] = {}
-        entry = self._bundle.component(self._component.name).function(self._function)
-        steps = zip(self._chunked.chunks, self._lowered.reports, entry.chunks, strict=True)
-        for (chunk, report, call), freed in zip(steps, self._chunked.last_uses(), strict=True):
+        steps = zip(
+            self._chunked.chunks, self._lowered.reports, self._chunked.last_uses(), strict=True
+        )
+        for chunk, report, freed in steps:
+            structure = report.functions[self._function].template or report.name
             names = [spec.name for spec in chunk.outputs]
-            if not every and report.structure in seen:
-                values.update(zip(names, seen[report.structure], strict=True))
+            if structure in seen and not every and self._weights_agree(report, chunk):
+                values.update(zip(names, seen[structure], strict=True))
             else:
                 given = {spec.name: values[spec.name] for spec in chunk.inputs}
                 self._progress(f"comparing {report.name} {self._function}")
-                outputs = self._compare_chunk(chunk, report.name, given)
-                seen[report.structure] = [outputs[name] for name in names]
+                outputs = self._compare_chunk(chunk, report, given)
+                seen[structure] = [outputs[name] for name in names]
                 values.update(outputs)
             for name in freed:
                 values.pop(name, None)
-            del call
         return {name: values[value] for name, value in self._chunked.outputs.items()}
 
     def _compare_chunk(
-        self, chunk: Function, package: str, inputs: Tensors
+        self, chunk: Function, report: PackageReport, inputs: Tensors
     ) -> dict[str, torch.Tensor]:
+        package = report.name
         samples: dict[str, _Sample] = {}
 
         def observe(node: fx.Node, value: torch.Tensor) -> None:
@@ -139,18 +139,20 @@ class _FunctionRun:
 
         expected = evaluate(chunk, self._component.weights, inputs, observe)
         _refuse_nan(expected, chunk)
-        path = self._bundle.package_path(self._component.name, package)
-        watch = _Watch(chunk, samples, _LOCAL_TOLERANCE[self._precision])
+        operators = report.functions[self._function].operators
+        watch = _Watch(chunk, operators, samples, _LOCAL_TOLERANCE[self._precision])
         entry = self._bundle.component(self._component.name).function(self._function)
         (call,) = [call for call in entry.chunks if call.package == package]
-        given = {item.name: inputs[item.name].to(item.torch_dtype) for item in call.inputs}
-        interpreter = Interpreter(Package.open(path), self._function)
+        given = {item.name: as_feature(inputs[item.name], item) for item in call.inputs}
+        interpreter = Interpreter(self._package(package), self._function)
         found = interpreter.run(given, watch)
         interpreter.release()
-        found = {name: found[name].to(value.dtype) for name, value in expected.items()}
+        found = {
+            name: found[name].to(value.dtype).reshape(value.shape)
+            for name, value in expected.items()
+        }
         drift = measure_drift(found, expected)
         self._report.chunks[package, self._function] = drift
-        self.executed.add(package)
         problem = self._problem(drift) or watch.problem(self._precision)
         if problem:
             raise VerificationError(
@@ -158,6 +160,36 @@ class _FunctionRun:
                 f"First operation that drifts: {watch.culprit()}",
             )
         return expected
+
+    def _weights_agree(self, report: PackageReport, chunk: Function) -> bool:
+        """Whether the package of a chunk that is not executed holds the chunk's weights.
+
+        False where that cannot be told, because a weight was transposed or cut; raises
+        `VerificationError` where it holds others.
+        """
+        package = self._package(report.name)
+        named = {re.sub(r"\W", "_", name): name for name in chunk.weight_names()}
+        if len(named) < len(chunk.weight_names()):
+            return False
+        told: set[str] = set()
+        for value, blob in package.function(self._function).blob_references():
+            name = named.get(_stem(value))
+            spec = self._component.weights.spec(name) if name else None
+            if name is None or spec is None or spec.shape != blob.shape:
+                continue
+            stored = package.tensor(blob)
+            expected = self._component.weights.load(name)
+            if not torch.allclose(stored.float(), expected.to(stored.dtype).float(), atol=1e-7):
+                raise VerificationError(
+                    f"chunk {report.name}, function '{self._function}': weight '{name}' in the "
+                    "package is not the model's"
+                )
+            told.add(name)
+            self._report.weights_read_back += 1
+        return told == set(named.values())
+
+    def _package(self, name: str) -> Package:
+        return Package.open(self._bundle.package_path(self._component.name, name))
 
     def _compare_whole(self, inputs: Tensors, reference: Tensors) -> None:
         name = f"{self._component.name}.{self._function}"
@@ -203,8 +235,18 @@ class _Sample:
 class _Watch:
     """Sees every value a package computes and compares those that are values of the graph too."""
 
-    def __init__(self, chunk: Function, expected: Mapping[str, _Sample], tolerance: float) -> None:
-        self._nodes = {node.name: node for node in chunk.operators()}
+    def __init__(
+        self,
+        chunk: Function,
+        operators: Mapping[str, str],
+        expected: Mapping[str, _Sample],
+        tolerance: float,
+    ) -> None:
+        nodes = {node.name: node for node in chunk.operators()}
+        # Package values are named by stems such as `op12_linear`; `operators` maps them to nodes.
+        self._nodes = {stem: nodes[name] for stem, name in operators.items() if name in nodes}
+        # An output has its own name in the package.
+        self._nodes |= {name: node for name, node in chunk.results.items() if node.name in nodes}
         self._expected = expected
         self._tolerance = tolerance
         self._errors: dict[str, float] = {}
@@ -217,7 +259,7 @@ class _Watch:
             return
         if self._nan is None and bool(torch.isnan(value).any()):
             self._nan = f"{op} '{name}' gives NaN{self._place(name)}"
-        node = self._nodes.get(_graph_name(name))
+        node = self._nodes.get(_stem(name))
         if node is None or node.name not in self._expected or node.name in self._errors:
             return
         expected = self._expected[node.name]
@@ -257,12 +299,12 @@ class _Watch:
         )
 
     def _place(self, name: str) -> str:
-        node = self._nodes.get(_graph_name(name))
+        node = self._nodes.get(_stem(name))
         return f" [{node.target} {node.meta['provenance']}]" if node is not None else ""
 
 
-def _graph_name(name: str) -> str:
-    """The graph node a package's value is named after; coremltools appends `_cast_fp16` etc."""
+def _stem(name: str) -> str:
+    """A package value's name without what coremltools appends (`_cast_fp16` and such)."""
     return re.sub(r"(_cast_fp\d+|_to_fp\d+|_fp\d+)+$", "", name)
 
 
@@ -273,13 +315,3 @@ def _refuse_nan(outputs: Tensors, chunk: Function) -> None:
             f"PyTorch itself gives NaN in '{bad[0]}' of function '{chunk.name}'",
             "The model's weights or example inputs are at fault; nothing can be compared with NaN.",
         )
-
-
-def _read_back(bundle: Bundle, name: str, lowered: LoweredComponent, executed: set[str]) -> int:
-    """Compare the weights of packages that were not executed; how many tensors were compared."""
-    count = 0
-    for report in lowered.reports:
-        if report.name not in executed:
-            path = bundle.package_path(name, report.name)
-            count += report.compare_weights(path, lowered.component.weights)
-    return count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -14,6 +15,7 @@ from odsora_compiler.ir.reference import evaluate_program
 from odsora_compiler.ir.verify import verify_program
 from odsora_compiler.lowering.bundle import write_bundle, write_examples
 from odsora_compiler.lowering.chunks import LoweringSettings
+from odsora_compiler.lowering.convert import Precision
 from odsora_compiler.pipeline.instruments import program_flops
 from odsora_compiler.pipeline.manager import NUMERIC_LIMIT_FLOPS
 from odsora_compiler.runtime.bundle import Bundle
@@ -39,9 +41,9 @@ def lower(
     """
     check_settings(precision, target, verify)
     verify_program(program)
-    settings = LoweringSettings(precision=precision, target=target)
+    settings = LoweringSettings(cast(Precision, precision))
     with output_folder(Path(out), force) as folder:
-        lowered = write_bundle(program, folder, settings, progress)
+        lowered = write_bundle(program, folder, settings, target, progress)
         outputs: Mapping[str, torch.Tensor] = {}
         if verify != "structure":
             limit = None if verify == "full" else NUMERIC_LIMIT_FLOPS
@@ -67,6 +69,8 @@ def component_inputs(program: Program) -> Mapping[str, Mapping[str, torch.Tensor
             names = {key: str(getattr(value, "target", "")) for key, value in given.items()}
             return {str(first[0].args[0]): {key: program.examples[n] for key, n in names.items()}}
     evaluate_program(
-        program, program.examples, lambda name, inputs: found.setdefault(name, dict(inputs))
+        program,
+        program.examples,
+        lambda name, function, inputs, outputs: found.setdefault(name, dict(inputs)),
     )
     return found

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from odsora_compiler.errors import CaptureError, UsageError, nearest
-from odsora_compiler.frontend.export import input_names, trace_module
+from odsora_compiler.frontend.export import input_names, refuse_repeated, trace_module
 from odsora_compiler.frontend.model_file import call_build, load_build, parse_options
 from odsora_compiler.frontend.spec import ModelSpec
 from odsora_compiler.frontend.weightless import (
+    empty_names,
     fill_with_fakes,
     saved_specs,
     tied_names,
@@ -68,20 +70,30 @@ def _capture_path(
     chosen = options(build)
     with weightless() if weights is not None else nullcontext():
         spec = call_build(build, chosen, path)
-    return _capture_spec(spec, path.stem, weights)
+    try:
+        return _capture_spec(spec, path.stem, weights)
+    except (CaptureError, UsageError) as error:
+        raise type(error)(f"{path}: {error.message}", error.hint) from error
 
 
 def _capture_spec(spec: ModelSpec, name: str, weights: str | Path | None) -> Program:
     module = spec.module
     examples = _examples(spec)
     axes = _checked_axes(spec, examples)
-    has_empty = any(parameter.device.type == "meta" for parameter in module.parameters())
-    if has_empty and weights is None:
+    state_specs, tied = saved_specs(module), tied_names(module)
+    empty = empty_names(module)
+    if empty and weights is None:
         raise CaptureError(
-            "the model's parameters are on the meta device and hold no data",
+            f"'{empty[0]}' of the model is on the meta device and holds no data",
             "Give the weights with --weights.",
         )
-    state_specs, tied = saved_specs(module), tied_names(module)
+    unsaved = [name for name in empty if name not in state_specs]
+    if unsaved:
+        raise CaptureError(
+            f"the buffer '{unsaved[0]}' is on the meta device and in no weights file (it is not "
+            "persistent), so its values are not known",
+            "Compute it on the CPU in the constructor, from the configuration alone.",
+        )
     mode = None
     if weights is not None:
         files = FileWeights(weights)
@@ -110,12 +122,24 @@ def _capture_spec(spec: ModelSpec, name: str, weights: str | Path | None) -> Pro
 
 
 def _examples(spec: ModelSpec) -> dict[str, torch.Tensor]:
+    if not isinstance(spec.module, nn.Module):
+        raise CaptureError(
+            f"ModelSpec.module is a {type(spec.module).__name__}, not a torch.nn.Module",
+            "Wrap the function in a module's forward().",
+        )
+    if not isinstance(spec.inputs, Mapping):
+        raise CaptureError(
+            f"ModelSpec.inputs is a {type(spec.inputs).__name__}, not a mapping",
+            "Give the keyword arguments of forward(): inputs={'x': x}.",
+        )
     tensors = [
         leaf.detach()
         for leaf in pytree.tree_leaves(dict(spec.inputs))
         if isinstance(leaf, torch.Tensor)
     ]
-    return dict(zip(input_names(spec.inputs), tensors, strict=True))
+    names = input_names(spec.inputs)
+    refuse_repeated(names, "input")
+    return dict(zip(names, tensors, strict=True))
 
 
 def _checked_axes(spec: ModelSpec, examples: Mapping[str, torch.Tensor]) -> dict[str, str]:

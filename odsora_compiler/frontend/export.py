@@ -7,10 +7,18 @@ checks of metadata, device arguments.
 
 from __future__ import annotations
 
+import dataclasses
+import io
+import logging
 import operator
+import os
 import re
+import sysconfig
 import traceback
-from collections.abc import Mapping
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +50,20 @@ def trace_module(
     Raises `CaptureError` naming the model's source line where tracing fails.
     """
     module.eval()
-    arguments = dict(inputs)
+    # Cloned, because tracing takes one tensor given under two names for one input.
+    arguments = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), dict(inputs))
     if mode is not None:
         arguments = pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments)
+    # `module.forward` may return dataclasses, which tracing knows only when they are registered.
+    hook = module.register_forward_hook(lambda module, args, result: _dataclasses_to_dicts(result))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _quiet_tracing():
             exported = torch.export.export(module, (), arguments, strict=False)
             exported = exported.run_decompositions({})
     except Exception as error:
         raise _tracing_error(error) from error
+    finally:
+        hook.remove()
     function = _lift(exported, inputs)
     constants = {
         name: exported.constants[name]
@@ -64,6 +77,16 @@ def input_names(inputs: Mapping[str, Any]) -> list[str]:
     """Names of the tensors in `inputs`, in tracing order: the key, or `key_path` inside trees."""
     leaves, _ = pytree.tree_flatten_with_path(dict(inputs))
     return [_path_name(path) for path, leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def refuse_repeated(names: Iterable[str], what: str) -> None:
+    """Raise `CaptureError` when two inputs or outputs have one name."""
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise CaptureError(
+            f"two {what}s of the model are both called '{repeated[0]}'",
+            "Names of nested tensors are their keys joined by '_'; rename a key.",
+        )
 
 
 # ------------------------------------------------------------------ from ExportedProgram
@@ -123,7 +146,34 @@ def _path_name(path: tuple[Any, ...]) -> str:
     parts = [
         str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path
     ]
-    return re.sub(r"\W", "_", "_".join(parts)) or "output"
+    return re.sub(r"\W", "_", "_".join(parts))
+
+
+def _dataclasses_to_dicts(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and type(value) not in pytree.SUPPORTED_NODES:
+        return {
+            item.name: _dataclasses_to_dicts(getattr(value, item.name))
+            for item in dataclasses.fields(value)
+        }
+    if type(value) in (tuple, list):
+        return type(value)(_dataclasses_to_dicts(item) for item in value)
+    if type(value) is dict:
+        return {key: _dataclasses_to_dicts(item) for key, item in value.items()}
+    return value
+
+
+@contextmanager
+def _quiet_tracing() -> Iterator[None]:
+    """Keep what PyTorch prints while tracing off stderr; our errors say what matters of it."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _convert(node: fx.Node, mapping: dict[fx.Node, fx.Node], graph: fx.Graph) -> fx.Node | None:
@@ -138,6 +188,13 @@ def _convert(node: fx.Node, mapping: dict[fx.Node, fx.Node], graph: fx.Graph) ->
             "Compute with the tensor instead of .item(), int() or float(), or pass the number as "
             "an option of build().",
         )
+    if any(not isinstance(size, int) for size in _sizes(value)):
+        raise CaptureError(
+            f"{_source(node) or node.name}: the shape of a value depends on a tensor's values "
+            f"({target})",
+            "Keep the shape and select with torch.where or a product with the mask, instead of "
+            "indexing by a mask or nonzero().",
+        )
     args: Any = fx.node.map_arg(node.args, mapping.__getitem__)
     kwargs: Any = fx.node.map_arg(node.kwargs, mapping.__getitem__)
     kwargs = {key: arg for key, arg in kwargs.items() if key not in _PLACEMENT}
@@ -146,15 +203,47 @@ def _convert(node: fx.Node, mapping: dict[fx.Node, fx.Node], graph: fx.Graph) ->
     if target in _CASTS:
         target, args, kwargs = aten._to_copy.default, args[:1], {"dtype": value.dtype}
     target = _SAME.get(target, target)
-    if target is not operator.getitem and not isinstance(target, torch._ops.OpOverload):
-        raise CaptureError(
-            f"{_source(node) or node.name}: {target} is not an operator of PyTorch's ATen set",
-            "Write this part of the model with tensor operators only.",
-        )
+    _refuse_unfit(target, node)
     made = graph.create_node("call_function", target, args, kwargs, name=node.name)
     made.meta["val"] = canonical(value)
     made.meta["provenance"] = _provenance(node)
     return made
+
+
+def _refuse_unfit(target: Any, node: fx.Node) -> None:
+    place = _source(node) or node.name
+    if target is operator.getitem:
+        return
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in ("aten", "prims"):
+        raise CaptureError(
+            f"{place}: {target} is not an operator of PyTorch's ATen set",
+            "Write this part of the model with tensor operators only.",
+        )
+    if torch.Tag.nondeterministic_seeded in target.tags and not _draws_nothing(node):
+        raise CaptureError(
+            f"{place}: {target} draws random numbers",
+            "Draw them outside and give them to the model as an input.",
+        )
+    if target in _BY_MEMORY:
+        raise CaptureError(
+            f"{place}: {target} depends on how values lie in memory",
+            "Use reshape, permute, unfold or slices instead.",
+        )
+
+
+def _draws_nothing(node: fx.Node) -> bool:
+    """Whether a random operator is an attention or dropout with probability 0."""
+    schema: Any = node.target
+    for index, argument in enumerate(schema._schema.arguments):
+        if argument.name in ("dropout_p", "p"):
+            given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+            return not (argument.default_value if given is None else given)
+    return False
+
+
+def _sizes(value: Any) -> Iterator[Any]:
+    for leaf in pytree.tree_leaves(value):
+        yield from leaf.shape
 
 
 _CHECKS = {
@@ -170,7 +259,15 @@ _IDENTITIES = {
     aten.detach_.default,
     aten.lift_fresh_copy.default,
 }
-_CASTS = {aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device}
+_CASTS = {
+    aten._to_copy.default,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten.to.other,
+    aten.type_as.default,
+}
+_BY_MEMORY = {aten.as_strided.default, aten.as_strided_copy.default, aten.view.dtype}
 _SAME = {aten._unsafe_view.default: aten.view.default, aten.reshape.default: aten.view.default}
 _PLACEMENT = {"device", "pin_memory", "layout", "memory_format", "non_blocking"}
 
@@ -184,15 +281,21 @@ def _outputs(
     slots = pytree.tree_unflatten(list(range(out_spec.num_leaves)), out_spec)
     paths = {leaf: _path_name(path) for path, leaf in pytree.tree_flatten_with_path(slots)[0]}
     by_name = {node.name: node for node in exported.graph.nodes}
-    names, results = [], []
+    taken = {str(node.target) for node in mapping.values() if node.op == "placeholder"}
+    names: list[str] = []
+    results = []
     user_outputs = [spec for spec in specs if spec.kind is OutputKind.USER_OUTPUT]
     for index, spec in enumerate(user_outputs):
         if isinstance(spec.arg, TensorArgument):
-            name = paths[index]
-            names.append(f"output_{name}" if name.isdigit() else name)
+            name = paths[index] or "output"
+            # A package has one name space for what goes in and what comes out.
+            if name[0].isdigit() or name in taken:
+                name = f"output_{name}"
+            names.append(name)
             results.append(mapping[by_name[spec.arg.name]])
     if not results:
-        raise CaptureError("the model returns no tensor")
+        raise CaptureError("the model returns no tensor", "Return tensors, or a tree of them.")
+    refuse_repeated(names, "output")
     return names, results
 
 
@@ -209,25 +312,36 @@ def _provenance(node: fx.Node) -> Provenance:
 
 
 def _source(node: fx.Node) -> str:
-    lines = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', node.meta.get("stack_trace") or "")
-    if not lines:
+    lines = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', node.meta.get("stack_trace") or "")
+    # The innermost line outside PyTorch: for a layer, the line that calls it.
+    written = [item for item in lines if not item[0].startswith(_TORCH)]
+    if not written:
         return ""
-    file, line, where = lines[-1]
+    file, line, where = written[-1]
     return f"{Path(file).name}:{line} in {where}"
 
 
+_TORCH = str(Path(torch.__file__).parent) + os.sep
+_FRONTEND = str(Path(__file__).parent) + os.sep
+_STDLIB = sysconfig.get_path("stdlib") + os.sep
+
+
+def _is_model_code(filename: str) -> bool:
+    if filename.startswith((_TORCH, _FRONTEND, "<")):
+        return False
+    return not filename.startswith(_STDLIB) or "site-packages" in filename
+
+
 def _tracing_error(error: Exception) -> CaptureError:
-    torch_folder = str(Path(torch.__file__).parent)
-    here = str(Path(__file__).parent)
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((torch_folder, here, "<"))
+        if _is_model_code(frame.filename)
     ]
     place = ""
     if frames:
         frame = frames[-1]
-        place = f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}: {frame.line}"
+        place = f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}: `{frame.line}`"
     text = str(error).strip().splitlines()
     first = text[0] if text else type(error).__name__
     data_dependent = any(
@@ -240,4 +354,8 @@ def _tracing_error(error: Exception) -> CaptureError:
             "Compute with the tensor (torch.where) instead of .item(), bool() or int(), or pass "
             "the value as an option of build().",
         )
-    return CaptureError(f"the model cannot be traced: {place}\n  {type(error).__name__}: {first}")
+    return CaptureError(
+        f"{place or 'the model'}: tracing stops here: {type(error).__name__}: {first}",
+        "The model's forward() is called with ModelSpec.inputs as keyword arguments; it must run "
+        "on them by itself.",
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -23,7 +24,8 @@ def weightless() -> Iterator[None]:
     register = nn.Module.register_parameter
 
     def register_empty(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None:
+        # One that is empty already is registered as it is: it may be shared with another module.
+        if param is not None and param.device.type != "meta":
             param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
         register(self, name, param)
 
@@ -33,17 +35,33 @@ def weightless() -> Iterator[None]:
 
 
 def fill_with_fakes(module: nn.Module, mode: FakeTensorMode) -> None:
-    """Replace meta parameters by fake CPU tensors of `mode`, so that the module can be traced."""
-    replaced: dict[int, nn.Parameter] = {}
+    """Replace meta parameters and buffers by fake CPU tensors of `mode`, so that it can be traced.
+
+    One tensor in two places stays one tensor.
+    """
+    replaced: dict[int, torch.Tensor] = {}
+
+    def stand_in(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in replaced:
+            with mode:
+                empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+            if isinstance(tensor, nn.Parameter):
+                empty = nn.Parameter(empty, requires_grad=False)
+            replaced[id(tensor)] = empty
+        return replaced[id(tensor)]
+
     for owner in module.modules():
-        for name, parameter in list(owner.named_parameters(recurse=False)):
-            if parameter.device.type != "meta":
-                continue
-            if id(parameter) not in replaced:
-                with mode:
-                    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
-                replaced[id(parameter)] = nn.Parameter(empty, requires_grad=False)
-            owner._parameters[name] = replaced[id(parameter)]
+        held: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
+        for tensors in held:
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.device.type == "meta":
+                    tensors[name] = stand_in(tensor)
+
+
+def empty_names(module: nn.Module) -> list[str]:
+    """Names of the parameters and buffers that hold no data (they are on the meta device)."""
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return [name for name, tensor in named if tensor.device.type == "meta"]
 
 
 def saved_specs(module: nn.Module) -> dict[str, WeightSpec]:
@@ -54,13 +72,9 @@ def saved_specs(module: nn.Module) -> dict[str, WeightSpec]:
     }
 
 
-def tied_names(module: nn.Module) -> dict[str, str]:
-    """Name → the other name of the same tensor, for parameters that are registered twice."""
-    first: dict[int, str] = {}
-    tied: dict[str, str] = {}
+def tied_names(module: nn.Module) -> dict[str, list[str]]:
+    """Name → all names of the same tensor, for parameters that are registered more than once."""
+    groups: dict[int, list[str]] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
-        if id(tensor) in first:
-            tied[name] = first[id(tensor)]
-            tied.setdefault(first[id(tensor)], name)
-        first.setdefault(id(tensor), name)
-    return tied
+        groups.setdefault(id(tensor), []).append(name)
+    return {name: group for group in groups.values() if len(group) > 1 for name in group}

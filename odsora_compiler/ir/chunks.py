@@ -72,17 +72,27 @@ def _homes(function: Function, count: int) -> dict[fx.Node, int | None]:
     """Node → the chunk that computes it; None for values computed anew wherever they are used."""
     if count == 1:
         return dict.fromkeys(function.operators(), 0)
-    return {node: node.meta.get("chunk") for node in function.operators()}
+    homes = {node: node.meta.get("chunk") for node in function.operators()}
+    for node, home in homes.items():
+        for used in node.all_input_nodes:
+            if home is None and homes.get(used) is not None:
+                raise VerificationError(
+                    f"function '{function.name}': '{node.name}' belongs to no chunk, but needs "
+                    f"'{used.name}' of chunk {homes[used]}",
+                    "Cut functions (cidl) after the passes that change them.",
+                )
+    return homes
 
 
 def _value_names(function: Function) -> dict[fx.Node, str]:
+    """Names by which values pass between chunks: an input's or output's own where it has one."""
     names = {node: str(node.target) for node in function.placeholders}
-    for name, node in function.results.items():
-        names.setdefault(node, name)
     taken = set(names.values())
-    for node in function.operators():
+    wanted = {node: name for name, node in reversed(function.results.items())}
+    for node in (*function.results.values(), *function.operators()):
         if node not in names:
-            name = node.name
+            # An output may be named like an input that later chunks still read.
+            name = wanted.get(node, node.name)
             while name in taken:
                 name += "_"
             names[node] = name
@@ -112,22 +122,25 @@ def _extract(
     needed = _needed_here(function, index, home, results, last)
     chunk = Function(function.name, base=function.base)
     made: dict[fx.Node, fx.Node] = {}
-    for node in function.graph.nodes:
-        if node in needed and not made_here(node):
-            made[node] = chunk.graph.placeholder(names[node])
-            made[node].meta = {
-                key: value for key, value in node.meta.items() if key in ("val", "axes")
-            }
-    for node in function.graph.nodes:
-        if node in needed and made_here(node):
-            made[node] = chunk.graph.create_node(
-                node.op,
-                node.target,
-                fx.node.map_arg(node.args, made.__getitem__),
-                fx.node.map_arg(node.kwargs, made.__getitem__),
-                name=node.name,
-            )
-            made[node].meta = {key: value for key, value in node.meta.items() if key != "chunk"}
+    own = [node for node in function.graph.nodes if node in needed and made_here(node)]
+    # The function's inputs as it has them, then values of earlier chunks as they are first read:
+    # chunks that do the same get their inputs in the same order.
+    given = [node for node in function.placeholders if node in needed]
+    given += dict.fromkeys(
+        used for node in own for used in node.all_input_nodes if not made_here(used)
+    )
+    for node in dict.fromkeys(given):
+        made[node] = chunk.graph.placeholder(names[node])
+        made[node].meta = {key: value for key, value in node.meta.items() if key in ("val", "axes")}
+    for node in own:
+        made[node] = chunk.graph.create_node(
+            node.op,
+            node.target,
+            fx.node.map_arg(node.args, made.__getitem__),
+            fx.node.map_arg(node.kwargs, made.__getitem__),
+            name=node.name,
+        )
+        made[node].meta = {key: value for key, value in node.meta.items() if key != "chunk"}
     leaving = [node for node in made if leaves(node)]
     for node in leaving:
         if not isinstance(node.meta["val"], torch.Tensor):

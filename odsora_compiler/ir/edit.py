@@ -90,30 +90,41 @@ class Editor:
     def replace(self, old: fx.Node, new: fx.Node, users: Iterable[fx.Node] | None = None) -> None:
         """Let `new` stand where `old` stood, for all users or those given.
 
-        Raises `PassError` when shape or dtype differ: a function's values keep theirs.
+        What `new` is computed from keeps `old`. Raises `PassError` when shape or dtype differ (a
+        function's values keep theirs), or when a user comes before `new`.
         """
-        for what in ("shape", "dtype"):
-            was, now = (getattr(node.meta["val"], what, None) for node in (old, new))
-            if was != now:
+        was, now = _shapes(old.meta["val"]), _shapes(new.meta["val"])
+        if was != now:
+            raise PassError(
+                f"{self.author}: '{new.name}' cannot replace '{old.name}': it is {now}, not {was}"
+            )
+        behind = _behind(new, old)
+        chosen = set(old.users) - behind if users is None else set(users) - behind
+        for user in chosen & set(old.users):
+            if user < new:
                 raise PassError(
-                    f"{self.author}: '{new.name}' cannot replace '{old.name}': "
-                    f"its {what} is {now}, not {was}"
+                    f"{self.author}: '{new.name}' cannot replace '{old.name}' for '{user.name}', "
+                    "which comes before it"
                 )
-        chosen = None if users is None else set(users)
         old.replace_all_uses_with(
-            new,
-            delete_user_cb=lambda user: user is not new and (chosen is None or user in chosen),
-            propagate_meta=False,
+            new, delete_user_cb=lambda user: user in chosen, propagate_meta=False
         )
 
     def set_argument(self, node: fx.Node, index: int, value: Any) -> None:
         """Give operator `node` another positional argument and infer its value anew.
 
-        Raises `PassError` when that changes the node's shape or dtype.
+        Raises `PassError` when that changes the node's shape or dtype, or the operator refuses it.
         """
+        if index >= len(node.args):
+            raise PassError(f"{self.author}: '{node.name}' has no positional argument {index}")
         args = (*node.args[:index], value, *node.args[index + 1 :])
         target: Any = node.target
-        value_now = infer(target, args, node.kwargs)
+        try:
+            value_now = infer(target, args, node.kwargs)
+        except Exception as error:
+            raise PassError(
+                f"{self.author}: {target} of '{node.name}' refuses {value!r}: {error}"
+            ) from error
         if value_now is not node.meta["val"] and _shapes(value_now) != _shapes(node.meta["val"]):
             raise PassError(f"{self.author}: the new argument changes the shape of '{node.name}'")
         node.args = args
@@ -137,9 +148,23 @@ class Editor:
         return (origin or Provenance()).by(self.author)
 
 
+def _behind(node: fx.Node, limit: fx.Node) -> set[fx.Node]:
+    """`node` and all it is computed from, no further back than `limit`."""
+    found: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        here = pending.pop()
+        if here not in found and limit < here:
+            found.add(here)
+            pending += here.all_input_nodes
+    return found
+
+
 def _shapes(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return (tuple(value.shape), value.dtype)
+    if isinstance(value, dict):
+        return {key: _shapes(item) for key, item in value.items()}
     return tuple(_shapes(item) for item in value)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from odsora_compiler.errors import OdsoraError, VerificationError, nearest
-from odsora_compiler.ir.function import Function, TensorSpec
+from odsora_compiler.ir.function import Function, Provenance, TensorSpec
 from odsora_compiler.ir.weights import WeightStore
 
 
@@ -64,6 +64,11 @@ class Component:
                 f"component '{self.name}' has no function '{name}'", nearest(name, self.functions)
             )
         return self.functions[name]
+
+    def used_weights(self) -> list[str]:
+        """Names of the weights its functions use, in order of first use, each once."""
+        names = (name for function in self.functions.values() for name in function.weight_names())
+        return list(dict.fromkeys(names))
 
     def derive(self, name: str, base: str = "base") -> Function:
         """Add function `name`, a copy of `base`, and return it. Replaces none that exists."""
@@ -170,6 +175,6 @@ def single_call_host(component: Component) -> Function:
         item.meta["val"] = result.meta["val"]
         outputs.append(item)
     for node in (call, *outputs):
-        node.meta["provenance"] = base.output_node.prev.meta["provenance"]
+        node.meta["provenance"] = Provenance()
     host.graph.output(tuple(outputs)).meta["names"] = tuple(base.results)
     return host

@@ -12,7 +12,8 @@ from odsora_compiler.ir.chunks import evaluate_chunked, split
 from odsora_compiler.ir.evaluate import call_operator, check_inputs, evaluate, walk
 from odsora_compiler.ir.program import Component, Program, call_component
 
-OnCall = Callable[[str, Mapping[str, torch.Tensor]], Any]
+# Given component, function, inputs and outputs of a call.
+OnCall = Callable[[str, str, Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], Any]
 
 
 def evaluate_component(
@@ -31,7 +32,7 @@ def evaluate_program(
 ) -> dict[str, torch.Tensor]:
     """Run the host graph on named `inputs`, and component functions where it calls them.
 
-    `on_call(component, inputs)` sees every call before it is made.
+    `on_call(component, function, inputs, outputs)` sees every call.
     """
     check_inputs(program.host, inputs)
 
@@ -39,8 +40,9 @@ def evaluate_program(
         if node.target is not call_component:
             return call_operator(node, args, kwargs)
         name, function = args
+        outputs = evaluate_component(program.component(name), function, kwargs)
         if on_call is not None:
-            on_call(name, kwargs)
-        return evaluate_component(program.component(name), function, kwargs)
+            on_call(name, function, kwargs, outputs)
+        return outputs
 
     return walk(program.host, None, inputs, compute)

@@ -17,28 +17,33 @@ import torch
 from safetensors.torch import save_file
 from torch import fx
 
-from odsora_compiler.errors import PackageError
+from odsora_compiler.errors import PackageError, UsageError, WeightsError
 from odsora_compiler.ir.function import Function, Provenance, dtype_name
 from odsora_compiler.ir.inference import fake_tensor
 from odsora_compiler.ir.program import Chunk, Component, Plan, Program, call_component
 from odsora_compiler.ir.weights import FileWeights, LookupTable, WeightSpec, WeightStore
 
 SCHEMA_VERSION = 1
+_NAMESPACES = ("aten", "prims")
 _SHARD_BYTES = 1 << 30
 
 
 def save_program(program: Program, folder: str | Path) -> Path:
     """Write `program` as a folder: `program.json`, `examples.safetensors`, weights per component.
 
-    Weights are copied shard by shard (1 GiB), so a program larger than memory can be saved. The
-    folder must not exist.
+    Weights that functions use are copied shard by shard (1 GiB), so a program larger than memory
+    can be saved. The folder must not exist; raises `UsageError` when it does.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UsageError(f"{folder}: a program cannot be saved there ({error.strerror})") from error
     for component in program.components.values():
-        _save_weights(component.weights, folder / "weights" / component.name)
+        _save_weights(component, folder / "weights" / component.name)
     save_file(
-        {name: tensor.contiguous() for name, tensor in program.examples.items()},
+        # Cloned, because one tensor may be the example of two inputs.
+        {name: tensor.contiguous().clone() for name, tensor in program.examples.items()},
         folder / "examples.safetensors",
     )
     text = json.dumps({"schema": SCHEMA_VERSION, **program_to_data(program)}, indent=1)
@@ -56,11 +61,21 @@ def load_program(folder: str | Path) -> Program:
         raise PackageError(f"{folder}: not a saved program ({error.strerror})") from error
     except ValueError as error:
         raise PackageError(f"{path}: not valid JSON ({error})") from error
-    if data.get("schema") != SCHEMA_VERSION:
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema != SCHEMA_VERSION:
         raise PackageError(
-            f"{path}: schema version {data.get('schema')}, this release reads {SCHEMA_VERSION}",
+            f"{path}: schema version {schema}, this release reads {SCHEMA_VERSION}",
             "Save the program again with this release, or use the release that wrote it.",
         )
+    try:
+        return _read_program(data, folder)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise PackageError(f"{path}: damaged program ({error!r})") from error
+    except WeightsError as error:
+        raise PackageError(error.message, error.hint) from error
+
+
+def _read_program(data: dict[str, Any], folder: Path) -> Program:
     components = {}
     for name, entry in data["components"].items():
         components[name] = Component(
@@ -109,9 +124,10 @@ def fingerprint(program: Program) -> str:
         for name in component.weights.names():
             table = component.weights.encoding(name)
             if table is not None:
-                digest.update(f"{component.name}/{name}/{table.bits}".encode())
-                digest.update(table.table.float().numpy().tobytes())
-                digest.update(table.indices.numpy().tobytes())
+                shape = list(table.table.shape)
+                digest.update(f"{component.name}/{name}/{table.bits}/{table.axis}{shape}".encode())
+                digest.update(table.table.float().contiguous().numpy().tobytes())
+                digest.update(table.indices.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -221,7 +237,7 @@ def _target_name(target: Any) -> str:
         return "getitem"
     if target is call_component:
         return "call_component"
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, torch._ops.OpOverload) and target.namespace in _NAMESPACES:
         return str(target)
     raise PackageError(f"operator {target} cannot be saved: it is not a PyTorch operator overload")
 
@@ -232,9 +248,11 @@ def _resolve_target(name: str) -> Callable[..., Any]:
     if name == "call_component":
         return call_component
     namespace, operation, overload = name.split(".")
-    if namespace not in ("aten", "prims"):
-        raise ValueError(f"operator {name} is not one of PyTorch's")
-    found: Callable[..., Any] = getattr(getattr(getattr(torch.ops, namespace), operation), overload)
+    if namespace not in _NAMESPACES or operation == "from_file":
+        raise ValueError(f"operator {name} is not one of PyTorch's arithmetic")
+    found = getattr(getattr(getattr(torch.ops, namespace), operation), overload)
+    if not isinstance(found, torch._ops.OpOverload):
+        raise ValueError(f"{name} is not an operator")
     return found
 
 
@@ -340,8 +358,9 @@ def _plan_from_data(data: dict[str, Any] | None) -> Plan | None:
     return Plan(data["budget"], data["cost"], chunks)
 
 
-def _save_weights(weights: WeightStore, folder: Path) -> None:
+def _save_weights(component: Component, folder: Path) -> None:
     folder.mkdir(parents=True)
+    weights = component.weights
     shard: dict[str, torch.Tensor] = {}
     count = 0
     encodings: dict[str, dict[str, int]] = {}
@@ -351,7 +370,7 @@ def _save_weights(weights: WeightStore, folder: Path) -> None:
         save_file(shard, folder / f"weights-{count:05d}.safetensors")
         shard, count = {}, count + 1
 
-    for name in weights.names():
+    for name in component.used_weights():
         table = weights.encoding(name)
         if table is None:
             shard[name] = weights.load(name).contiguous().clone()
@@ -391,7 +410,6 @@ class _SavedWeights:
         return [name for name in self._files.names() if not name.endswith("::table")]
 
     def spec(self, name: str) -> WeightSpec:
-
         spec = self._files.spec(name)
         if name not in self._tables:
             return spec

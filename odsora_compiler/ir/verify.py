@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from odsora_compiler.errors import VerificationError
+from odsora_compiler.errors import OdsoraError, UsageError, VerificationError, WeightsError
+from odsora_compiler.ir.axis_names import parse_axes
 from odsora_compiler.ir.function import Function, Provenance
 from odsora_compiler.ir.inference import infer
 from odsora_compiler.ir.program import Component, Program, call_component
@@ -20,19 +21,26 @@ _META_KEYS = {"val", "provenance", "axes", "chunk", "names"}
 def verify_program(program: Program) -> None:
     """Raise `VerificationError` naming component, function and node of the first few violations.
 
-    Checked: the graph is well formed; every node has `meta['val']` equal to what its operator gives
+    Checked: the graph is well formed and functional; names of inputs and outputs are distinct; axis
+    names fit; every node has `meta['val']` equal to what its operator gives
     on its arguments, and a provenance; weights exist with the shape and dtype the graph sees; calls
     of the host fit the signature of the function they name; a plan covers every operator with
     non-decreasing chunks; everything can be saved.
     """
     problems: list[str] = []
-    for component in program.components.values():
-        for function in component.functions.values():
-            place = f"{component.name}.{function.name}"
+    for name, component in program.components.items():
+        if component.name != name:
+            problems.append(f"component '{component.name}' is registered as '{name}'")
+        for key, function in component.functions.items():
+            place = f"{name}.{key}"
+            if function.name != key:
+                problems.append(f"{place}: the function registered so is named '{function.name}'")
             problems += [f"{place}: {text}" for text in _function_problems(function, component)]
     problems += [f"host: {text}" for text in _function_problems(program.host, None)]
-    problems += [f"host: {text}" for text in _call_problems(program)]
-    problems += _example_problems(program)
+    if not problems:
+        # These read signatures, which broken functions do not have.
+        problems += [f"host: {text}" for text in _call_problems(program)]
+        problems += _example_problems(program)
     if problems:
         more = f"\n  … and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise VerificationError(
@@ -43,18 +51,26 @@ def verify_program(program: Program) -> None:
 def _function_problems(function: Function, component: Component | None) -> Iterator[str]:
     try:
         function.graph.lint()
-        function_to_data(function)
     except Exception as error:
-        yield str(error)
+        yield str(error).partition("\n")[0]
         return
-    if len(list(function.graph.find_nodes(op="output"))) != 1:
-        yield "it needs exactly one output node"
+    outputs = list(function.graph.find_nodes(op="output"))
+    if len(outputs) != 1 or outputs[0] is not list(function.graph.nodes)[-1]:
+        yield "it needs exactly one output node, at the end"
         return
-    names = [spec.name for spec in function.inputs]
+    names = [str(node.target) for node in function.placeholders]
     if len(set(names)) != len(names):
         yield f"input names repeat: {names}"
+    broken = False
     for node in function.graph.nodes:
-        yield from _node_problems(node, component)
+        for problem in _node_problems(node, component):
+            broken = True
+            yield problem
+    if not broken:
+        try:
+            function_to_data(function)
+        except OdsoraError as error:
+            yield str(error)
     if component is not None and component.plan is not None:
         yield from _chunk_problems(function, len(component.plan.chunks))
 
@@ -64,13 +80,22 @@ def _node_problems(node: fx.Node, component: Component | None) -> Iterator[str]:
     if unknown:
         yield f"node '{node.name}' carries unknown meta {sorted(unknown)}, which saving would lose"
     if node.op == "output":
-        results: Any = node.args[0]
-        if len(node.meta.get("names", ())) != len(results):
-            yield "the output node's meta['names'] does not match its values"
+        yield from _output_problems(node)
+        return
+    if node.op not in ("placeholder", "get_attr", "call_function"):
+        yield f"node '{node.name}' is a {node.op}; only operators are allowed"
         return
     if "val" not in node.meta:
         yield f"node '{node.name}' has no meta['val']"
         return
+    if node.op != "call_function" and not isinstance(node.meta["val"], torch.Tensor):
+        yield f"node '{node.name}' is no tensor but {_text(node.meta['val'])}"
+        return
+    if node.op == "placeholder" and node.meta.get("axes"):
+        try:
+            parse_axes(node.meta["axes"], tuple(node.meta["val"].shape), str(node.target))
+        except UsageError as error:
+            yield error.message
     if node.op in ("call_function", "get_attr") and not isinstance(
         node.meta.get("provenance"), Provenance
     ):
@@ -79,7 +104,11 @@ def _node_problems(node: fx.Node, component: Component | None) -> Iterator[str]:
         if component is None:
             yield f"node '{node.name}' reads a weight in the host"
             return
-        spec = component.weights.spec(str(node.target))
+        try:
+            spec = component.weights.spec(str(node.target))
+        except WeightsError as error:
+            yield f"node '{node.name}': {error.message}"
+            return
         value = node.meta["val"]
         if (tuple(value.shape), value.dtype) != (spec.shape, spec.dtype):
             yield f"weight '{node.target}' is {spec}, the graph sees {_text(value)}"
@@ -87,6 +116,9 @@ def _node_problems(node: fx.Node, component: Component | None) -> Iterator[str]:
         if any("val" not in used.meta for used in node.all_input_nodes):
             return
         target: Any = node.target
+        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+            yield f"node '{node.name}': {target} writes to its arguments; graphs are functional"
+            return
         try:
             expected = infer(target, node.args, node.kwargs)
         except Exception as error:
@@ -97,28 +129,51 @@ def _node_problems(node: fx.Node, component: Component | None) -> Iterator[str]:
                 f"node '{node.name}' claims {_text(node.meta['val'])}, "
                 f"{target} gives {_text(expected)}"
             )
-    elif node.op == "call_module" or node.op == "call_method":
-        yield f"node '{node.name}' is a {node.op}; only operators are allowed"
+
+
+def _output_problems(node: fx.Node) -> Iterator[str]:
+    results: Any = node.args[0] if node.args else None
+    if not isinstance(results, (tuple, list)):
+        yield "the output node's argument is not a tuple of nodes"
+        return
+    names = node.meta.get("names", ())
+    if len(names) != len(results):
+        yield "the output node's meta['names'] does not match its values"
+    if len(set(names)) != len(names):
+        yield f"output names repeat: {list(names)}"
+    for result in results:
+        if not isinstance(result, fx.Node):
+            yield f"the function returns {result!r}, which is no node"
+        elif "val" in result.meta and not isinstance(result.meta["val"], torch.Tensor):
+            yield f"the function returns '{result.name}', which is no tensor"
 
 
 def _chunk_problems(function: Function, count: int) -> Iterator[str]:
+    # Values without a chunk are computed anew in every chunk that needs them; what they are made
+    # from must be there by then.
+    ready: dict[fx.Node, int] = {}
     for node in function.operators():
         chunk = node.meta.get("chunk")
         if chunk is None:
-            # Values made from weights and literals alone are computed anew in every chunk.
+            ready[node] = max((ready.get(used, -1) for used in node.all_input_nodes), default=-1)
             continue
-        if not 0 <= chunk < count:
+        if not isinstance(chunk, int) or not 0 <= chunk < count:
             yield f"node '{node.name}' is in chunk {chunk} of {count}"
+            return
+        ready[node] = chunk
         for used in node.all_input_nodes:
-            if used.meta.get("chunk", -1) > chunk:
+            if ready.get(used, -1) > chunk:
                 yield (
                     f"node '{node.name}' of chunk {chunk} needs '{used.name}' "
-                    f"of chunk {used.meta['chunk']}"
+                    f"of chunk {ready[used]}"
                 )
 
 
 def _call_problems(program: Program) -> Iterator[str]:
     for node in program.calls():
+        if len(node.args) != 2 or not isinstance(node.meta["val"], dict):
+            yield f"call '{node.name}' needs a component, a function and a dict of outputs"
+            continue
         name, function_name = str(node.args[0]), str(node.args[1])
         try:
             function = program.component(name).function(function_name)

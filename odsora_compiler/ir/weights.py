@@ -7,15 +7,15 @@ when it is used. Nothing here holds a file's tensors in memory.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from odsora_compiler.errors import WeightsError, nearest
+from odsora_compiler.ir.tensor_file import TensorPlace, map_tensor, read_header
 
 
 @dataclass(frozen=True)
@@ -160,14 +160,15 @@ class EncodedWeights:
 class FileWeights:
     """Weights in safetensors: one file, or a folder of shards with or without an index.
 
-    `load` opens the file anew and returns a tensor mapped on it, so that the pages go when the
-    tensor goes. A file that changes after the store was made is refused.
+    `load` returns a tensor mapped on the file, so that its pages are read when they are used and go
+    when the tensor goes. A file that changes after the store was made is refused.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._files: dict[str, Path] = {}
         self._specs: dict[str, WeightSpec] = {}
+        self._places: dict[str, TensorPlace] = {}
         self._stamps: dict[Path, tuple[int, int]] = {}
         for file in _shards(self.path):
             self._read_header(file)
@@ -185,63 +186,57 @@ class FileWeights:
     def load(self, name: str) -> torch.Tensor:
         self.spec(name)
         file = self._files[name]
-        if _stamp(file) != self._stamps[file]:
+        try:
+            if _stamp(file) != self._stamps[file]:
+                raise WeightsError(
+                    f"{file}: the file changed while it was in use",
+                    "Compile again once the file is complete.",
+                )
+            return map_tensor(file, self._places[name])
+        except (OSError, ValueError) as error:
             raise WeightsError(
-                f"{file}: the file changed while it was in use",
-                "Compile again once the file is complete.",
-            )
-        with safe_open(file, framework="pt") as handle:
-            tensor: torch.Tensor = handle.get_tensor(name)
-        return tensor
+                f"{file}: weight '{name}' cannot be read any more ({error})",
+                "Leave the file in place while it is in use.",
+            ) from error
 
     def encoding(self, name: str) -> LookupTable | None:
         return None
 
     def _read_header(self, file: Path) -> None:
-        try:
-            self._stamps[file] = _stamp(file)
-            with safe_open(file, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118 (not a dict: iterating it is not possible)
-                    piece = handle.get_slice(name)
-                    if name in self._specs:
-                        raise WeightsError(
-                            f"{file}: weight '{name}' is also in {self._files[name].name}",
-                            "Remove one of the two, or name the one file to use.",
-                        )
-                    self._specs[name] = WeightSpec(
-                        tuple(piece.get_shape()), _DTYPES[piece.get_dtype()]
-                    )
-                    self._files[name] = file
-        except OSError as error:
-            raise WeightsError(f"{file}: cannot be read: {error.strerror or error}") from error
-        except (SafetensorError, KeyError) as error:
-            raise WeightsError(
-                f"{file}: not a complete safetensors file ({error})",
-                "The file may be truncated: copy or download it again.",
-            ) from error
+        for name, place in read_header(file).items():
+            if name in self._specs:
+                raise WeightsError(
+                    f"{file}: weight '{name}' is also in {self._files[name].name}",
+                    "Remove one of the two, or name the one file to use.",
+                )
+            self._specs[name] = WeightSpec(place.shape, place.dtype)
+            self._files[name] = file
+            self._places[name] = place
+        self._stamps[file] = _stamp(file)
 
 
 class CastWeights:
     """A store seen with the shapes, dtypes and names a model declares.
 
-    `specs` are the model's; `aliases` maps a name of the model to the name the store uses for it
-    (tied parameters are stored once). Raises `WeightsError` naming every missing, extra and
-    misshaped weight.
+    `specs` are the model's; `aliases` maps a name of the model to other names of the same tensor,
+    of which the store needs to have one (tied parameters are stored once). Raises `WeightsError`
+    naming every missing, extra and misshaped weight, and every float stored as a whole number or
+    the other way round.
     """
 
     def __init__(
         self,
         store: WeightStore,
         specs: Mapping[str, WeightSpec],
-        aliases: Mapping[str, str] | None = None,
+        aliases: Mapping[str, Sequence[str]] | None = None,
         origin: str = "the weights",
     ) -> None:
         self._store = store
         self._specs = dict(specs)
         have = set(store.names())
-        tied = aliases or {}
         self._source = {
-            name: name if name in have else tied.get(name, name) for name in self._specs
+            name: next((n for n in (name, *(aliases or {}).get(name, ())) if n in have), name)
+            for name in self._specs
         }
         self._check(have, origin)
 
@@ -263,14 +258,26 @@ class CastWeights:
         missing = [name for name, source in self._source.items() if source not in have]
         extra = sorted(have - set(self._source.values()) - set(self._specs))
         misshaped = [
-            f"{name} is {list(self._store.spec(source).shape)}, "
-            f"the model has {list(self._specs[name].shape)}"
+            f"{name} {list(self._store.spec(source).shape)} instead of "
+            f"{list(self._specs[name].shape)}"
             for name, source in self._source.items()
             if source in have and self._store.spec(source).shape != self._specs[name].shape
         ]
+        mistyped = [
+            f"{name} {stored.dtype} instead of {self._specs[name].dtype}"
+            for name, source in self._source.items()
+            if source in have
+            and (stored := self._store.spec(source)).dtype.is_floating_point
+            != self._specs[name].dtype.is_floating_point
+        ]
         problems = [
             f"{len(found)} {what}: {', '.join(found[:5])}{', …' if len(found) > 5 else ''}"
-            for what, found in (("missing", missing), ("extra", extra), ("misshaped", misshaped))
+            for what, found in (
+                ("missing", missing),
+                ("extra", extra),
+                ("misshaped", misshaped),
+                ("of another type", mistyped),
+            )
             if found
         ]
         if problems:
@@ -278,20 +285,6 @@ class CastWeights:
             if missing and extra:
                 hint = nearest(missing[0], extra) + " " + hint
             raise WeightsError(f"{origin} does not fit the model: " + "; ".join(problems), hint)
-
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 def _shards(path: Path) -> list[Path]:
@@ -322,6 +315,8 @@ def _shards(path: Path) -> list[Path]:
         named = set(json.loads(indexes[0].read_text())["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{indexes[0]}: not a safetensors index ({error})") from error
+    if not named or not all(isinstance(name, str) for name in named):
+        raise WeightsError(f"{indexes[0]}: not a safetensors index (it names no files)")
     files = [path / name for name in sorted(named)]
     absent = [file.name for file in files if not file.is_file()]
     if absent:

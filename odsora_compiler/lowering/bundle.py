@@ -45,6 +45,7 @@ def write_bundle(
     program: Program,
     folder: Path,
     settings: LoweringSettings,
+    target: str,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, LoweredComponent]:
     """Lower `program` into the empty `folder`; returns what became of each component.
@@ -60,7 +61,7 @@ def write_bundle(
         program.name,
         ",".join(program.history),
         settings.precision,
-        settings.target,
+        target,
         {
             package: metadata.version(package)
             for package in ("odsora-compiler", "torch", "coremltools")
@@ -124,10 +125,7 @@ def _crossing(chunked: ChunkedFunction) -> list[TensorSpec]:
 def _component_entry(lowered: LoweredComponent, folder: Path) -> ComponentEntry:
     functions = {}
     for name, chunked in lowered.functions.items():
-        calls = tuple(
-            ChunkCall(report.name, report.inputs[name], report.outputs[name])
-            for report in lowered.reports
-        )
+        calls = tuple(_call(report, name) for report in lowered.reports)
         functions[name] = FunctionEntry(
             tuple(_feature(spec) for spec in chunked.whole.inputs),
             tuple(_feature(spec) for spec in chunked.whole.outputs),
@@ -139,13 +137,37 @@ def _component_entry(lowered: LoweredComponent, folder: Path) -> ComponentEntry:
             f"packages/{report.name}.mlpackage",
             tuple(lowered.functions),
             report.weight_bytes,
-            report.structure,
-            report.conversion,
+            _structure(report),
+            _conversion(report),
             _files(folder / "packages" / f"{report.name}.mlpackage"),
         )
         for report in lowered.reports
     }
     return ComponentEntry(functions, packages)
+
+
+def _call(report: PackageReport, function: str) -> ChunkCall:
+    interface = report.functions[function].interface
+    inputs, outputs = (
+        tuple(Feature(item.name, dtype_name(item.dtype), item.shape) for item in side)
+        for side in (interface.inputs, interface.outputs)
+    )
+    return ChunkCall(report.name, inputs, outputs)
+
+
+def _structure(report: PackageReport) -> str:
+    """Equal for packages that differ only in their weights."""
+    return "; ".join(
+        f"{name}: {item.template or report.name}" for name, item in report.functions.items()
+    )
+
+
+def _conversion(report: PackageReport) -> str:
+    """In words: what each function was converted from."""
+    texts = []
+    for name, item in report.functions.items():
+        texts.append(f"{name}: {'like ' + item.template if item.template else item.reason}")
+    return "; ".join(texts)
 
 
 def _feature(spec: TensorSpec) -> Feature:

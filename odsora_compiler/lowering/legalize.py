@@ -7,7 +7,6 @@ still be dropped silently is an error.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import fx
@@ -60,7 +59,7 @@ def describe(node: fx.Node) -> str:
 
 
 # Keyword-only arguments by what becomes of them: honoured by the front end, or without meaning for
-# values. `approximate`, `alpha` and `enable_gqa` are rewritten away by rules.
+# values. `approximate`, `alpha`, `beta` and `enable_gqa` are rewritten away by rules.
 _HONOURED = {
     (aten._to_copy.default, "dtype"),
     (aten.full.default, "dtype"),
@@ -110,8 +109,8 @@ def _check(function: Function, node: fx.Node) -> None:
             "would be ignored by coremltools",
             "Write this part of the model without it.",
         )
-    value = node.meta["val"]
-    for tensor in value if isinstance(value, (list, tuple)) else [value]:
+    values = node.meta["val"]
+    for tensor in values if isinstance(values, (list, tuple)) else [values]:
         if tensor.dim() > MAX_RANK:
             raise LoweringError(
                 f"function '{function.name}': {describe(node)} has rank {tensor.dim()}; "

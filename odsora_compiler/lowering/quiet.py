@@ -13,8 +13,8 @@ from typing import Any
 def quiet_coremltools(watch: Callable[[Any], None] | None = None) -> Iterator[Any]:
     """Within the scope coremltools reports nothing; yields the module `coremltools`.
 
-    `watch` is called with each node that the torch front end is about to convert. Its settings are
-    restored at the end.
+    `watch` is called with each node that the torch front end is about to convert. coremltools'
+    settings are restored at the end.
     """
     logger = logging.getLogger("coremltools")
     level = logger.level

@@ -42,7 +42,7 @@ def _has_keyword_for_positional(node: fx.Node) -> bool:
 
 def _make_positional(editor: Editor, node: fx.Node) -> fx.Node:
     target: Any = node.target
-    named = dict(node.kwargs)
+    named: dict[str, Any] = dict(node.kwargs)
     args = list(node.args)
     positional = [a for a in target._schema.arguments if not a.kwarg_only]
     for argument in positional[len(args) :]:
@@ -86,6 +86,25 @@ def _multiply_by_alpha(editor: Editor, node: fx.Node) -> fx.Node:
     if isinstance(y, fx.Node):
         return editor.call(target, x, editor.call(aten.mul.Tensor, y, alpha))
     return editor.call(target, x, y * alpha)
+
+
+def _factors(node: fx.Node) -> tuple[Any, Any]:
+    return node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
+
+
+def _has_factors(node: fx.Node) -> bool:
+    return _factors(node) != (1, 1)
+
+
+def _multiply_by_factors(editor: Editor, node: fx.Node) -> fx.Node:
+    x, *matrices = node.args
+    beta, alpha = _factors(node)
+    product = editor.call(aten.matmul.default, *matrices)
+    if alpha != 1:
+        product = editor.call(aten.mul.Tensor, product, alpha)
+    if beta == 0:
+        return product
+    return editor.call(aten.add.Tensor, product, editor.call(aten.mul.Tensor, x, beta))
 
 
 def _spell_out_addcmul(editor: Editor, node: fx.Node) -> fx.Node:
@@ -202,7 +221,7 @@ def _reduces_in_other_dtype(node: fx.Node) -> bool:
 
 def _cast_then_reduce(editor: Editor, node: fx.Node) -> fx.Node:
     target: Any = node.target
-    kwargs = {name: value for name, value in node.kwargs.items() if name != "dtype"}
+    kwargs: dict[str, Any] = {k: v for k, v in node.kwargs.items() if k != "dtype"}
     x = _cast(editor, node.args[0], node.meta["val"].dtype)
     return editor.call(target, x, *node.args[1:], **kwargs)
 
@@ -238,6 +257,50 @@ def _expand_one_value(editor: Editor, node: fx.Node) -> fx.Node:
     return editor.call(aten.expand.default, one, list(value.shape)) if value.dim() else one
 
 
+def _choose_from_tensors(editor: Editor, node: fx.Node) -> fx.Node:
+    dtype = node.meta["val"].dtype
+
+    def tensor(value: Any) -> fx.Node:
+        if not isinstance(value, fx.Node):
+            return editor.call(aten.full.default, [1], value, dtype=dtype)
+        return value if value.meta["val"].dtype == dtype else _cast(editor, value, dtype)
+
+    condition, one, other = node.args
+    chosen = editor.call(aten.where.self, condition, tensor(one), tensor(other))
+    shape = list(node.meta["val"].shape)
+    return chosen if shape else editor.call(aten.view.default, chosen, shape)
+
+
+# ------------------------------------------------------------------ operators by other names
+
+_LOGIC: dict[Any, Any] = {
+    aten.__and__.Tensor: aten.logical_and.default,
+    aten.__or__.Tensor: aten.logical_or.default,
+    aten.__xor__.Tensor: aten.logical_xor.default,
+    aten.bitwise_and.Tensor: aten.logical_and.default,
+    aten.bitwise_or.Tensor: aten.logical_or.default,
+    aten.bitwise_xor.Tensor: aten.logical_xor.default,
+}
+
+
+def _is_on_flags(node: fx.Node) -> bool:
+    return bool(node.meta["val"].dtype == torch.bool)
+
+
+def _call_logic(editor: Editor, node: fx.Node) -> fx.Node:
+    return editor.call(_LOGIC[node.target], *node.args)
+
+
+def _has_default_stride(node: fx.Node) -> bool:
+    return len(node.args) < 3 or not node.args[2]
+
+
+def _spell_out_stride(editor: Editor, node: fx.Node) -> fx.Node:
+    target: Any = node.target
+    x, kernel = node.args[:2]
+    return editor.call(target, x, kernel, kernel, *node.args[3:])
+
+
 # ------------------------------------------------------------------ attention
 
 
@@ -252,7 +315,7 @@ def _has_scale(node: fx.Node) -> bool:
 
 
 def _scale_the_query(editor: Editor, node: fx.Node) -> fx.Node:
-    kwargs = dict(node.kwargs)
+    kwargs: dict[str, Any] = dict(node.kwargs)
     scale: Any = kwargs.pop("scale")
     query: Any = node.args[0]
     factor = scale * math.sqrt(_head_size(node))
@@ -279,7 +342,7 @@ def _repeat_keys(editor: Editor, node: fx.Node) -> fx.Node:
         wide = editor.call(aten.expand.default, folded, [-1, own, heads // own, tokens * size])
         return editor.call(aten.view.default, wide, [*batch, heads, tokens, size])
 
-    kwargs = {name: arg for name, arg in node.kwargs.items() if name != "enable_gqa"}
+    kwargs: dict[str, Any] = {k: v for k, v in node.kwargs.items() if k != "enable_gqa"}
     target: Any = node.target
     return editor.call(target, query, repeat(key), repeat(value), *rest, **kwargs)
 
@@ -289,9 +352,6 @@ def _repeat_keys(editor: Editor, node: fx.Node) -> fx.Node:
 # Operator → positions of the arguments that may be a mask's fill value.
 _MASK_FILLS: dict[Any, tuple[int, ...]] = {
     aten.masked_fill.Scalar: (2,),
-    aten.where.ScalarOther: (2,),
-    aten.where.ScalarSelf: (1,),
-    aten.where.Scalar: (1, 2),
     aten.mul.Tensor: (1,),
     aten.mul.Scalar: (1,),
     aten.full.default: (1,),
@@ -315,7 +375,8 @@ def _fill_within_half(editor: Editor, node: fx.Node) -> fx.Node:
         -HALF_MASK if place in _MASK_FILLS[target] and _is_too_negative(arg) else arg
         for place, arg in enumerate(node.args)
     ]
-    return editor.call(target, *args, **node.kwargs)
+    kwargs: dict[str, Any] = dict(node.kwargs)
+    return editor.call(target, *args, **kwargs)
 
 
 def _rule(
@@ -358,6 +419,13 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         },
         _has_alpha,
         _multiply_by_alpha,
+    ),
+    _rule(
+        "matrix-factors",
+        "the front end multiplies by whole factors only",
+        {aten.addmm.default, aten.baddbmm.default},
+        _has_factors,
+        _multiply_by_factors,
     ),
     _rule(
         "addcmul",
@@ -406,6 +474,27 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         set(_FILLS),
         _is_large_fill,
         _expand_one_value,
+    ),
+    _rule(
+        "where-number",
+        "the front end chooses between tensors only",
+        {aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar},
+        lambda node: True,
+        _choose_from_tensors,
+    ),
+    _rule(
+        "logic",
+        "the front end knows them by another name",
+        set(_LOGIC),
+        _is_on_flags,
+        _call_logic,
+    ),
+    _rule(
+        "pool-stride",
+        "the front end takes max pooling with a stride only",
+        {aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default},
+        _has_default_stride,
+        _spell_out_stride,
     ),
     _rule(
         "high-rank-permute",

@@ -28,13 +28,34 @@ TORCH_DTYPE: dict[str, torch.dtype] = {
     "uint64": torch.int64,
 }
 
-# The name in the protobuf enumeration → MIL's name, where they differ by more than case.
-_RENAMED = {"FLOAT16": "fp16", "FLOAT32": "fp32", "FLOAT64": "fp64", "BFLOAT16": "bf16"}
+# Core ML's number of a type in a specification → its name.
+_NAMES: dict[int, str] = {
+    1: "bool",
+    2: "string",
+    10: "fp16",
+    11: "fp32",
+    12: "fp64",
+    13: "bf16",
+    21: "int8",
+    22: "int16",
+    23: "int32",
+    24: "int64",
+    25: "int4",
+    31: "uint8",
+    32: "uint16",
+    33: "uint32",
+    34: "uint64",
+    35: "uint4",
+    36: "uint2",
+    37: "uint1",
+    38: "uint6",
+    39: "uint3",
+}
 
 
-def mil_dtype(protobuf_name: str) -> str:
-    """MIL's name of an element type that the protobuf enumeration calls `protobuf_name`."""
-    return _RENAMED.get(protobuf_name, protobuf_name.lower())
+def mil_dtype(number: int) -> str:
+    """MIL's name of the element type with that number in a specification."""
+    return _NAMES.get(number, f"type {number}")
 
 
 def is_half(dtype: torch.dtype) -> bool:

@@ -21,6 +21,8 @@ import torch
 from odsora_compiler.errors import PackageError, nearest
 from odsora_compiler.mil.blobs import BlobFile, BlobType, unpack
 from odsora_compiler.mil.dtypes import TORCH_DTYPE, mil_dtype
+from odsora_compiler.mil.memory import converted
+from odsora_compiler.mil.schema import parse_model
 
 # Generated protobuf classes carry no types.
 Message: TypeAlias = Any
@@ -69,7 +71,7 @@ class Literal:
         if not isinstance(self.data, bytes):
             return torch.tensor(list(self.data), dtype=dtype).reshape(self.shape)
         packed = torch.frombuffer(bytearray(self.data), dtype=torch.uint8)
-        blob = BlobType[_BLOB_NAMES.get(self.dtype, self.dtype.upper())]
+        blob = _BLOB_TYPES[self.dtype]
         flat = unpack(packed, blob, count) if blob.packed else packed.view(blob.torch_dtype)
         return flat.to(dtype).reshape(self.shape)
 
@@ -178,18 +180,9 @@ class Package:
                 f"package {path} is missing", "Give the path of an .mlpackage folder."
             )
         model = _model_path(path)
-        # coremltools takes seconds to import, and importing its protobuf classes imports all of it.
-        from coremltools.proto import Model_pb2
-        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-
         try:
-            data = model.read_bytes()
-        except OSError as error:
-            raise _damaged(path, f"its specification cannot be read: {error}") from error
-        specification = Model_pb2.Model()
-        try:
-            specification.ParseFromString(data)
-        except DecodeError as error:
+            specification = parse_model(model.read_bytes())
+        except (OSError, ValueError) as error:
             raise _damaged(path, f"its specification {model.name} cannot be parsed") from error
         if specification.WhichOneof("Type") != "mlProgram":
             raise PackageError(
@@ -230,12 +223,12 @@ class Package:
         Only the 64 bytes of metadata before it are looked at.
         """
         entry = self.blobs(reference.file).entry(reference.offset)
-        stored = mil_dtype(entry.dtype.name)
-        if stored != reference.dtype or entry.elements != prod(reference.shape):
+        count = prod(reference.shape)
+        if entry.dtype != _BLOB_TYPES.get(reference.dtype) or entry.elements != count:
             raise _damaged(
                 self.path,
-                f"a weight at offset {reference.offset} is {entry.elements} elements of {stored}, "
-                f"the specification says {prod(reference.shape)} of {reference.dtype}",
+                f"the weight at offset {reference.offset} is {entry.elements} elements of type "
+                f"{entry.dtype.name.lower()}, the specification says {count} of {reference.dtype}",
             )
 
     def tensor(self, reference: BlobReference, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -248,16 +241,21 @@ class Package:
         if dtype is None or mapped.dtype == dtype:
             return mapped
         key = (reference, dtype)
-        converted = self._converted.get(key)
-        if converted is None:
-            self._converted[key] = converted = mapped.to(dtype)
+        shared = self._converted.get(key)
+        if shared is None:
+            self._converted[key] = shared = converted(mapped, dtype)
             # The pages read for the conversion are not needed a second time.
             blobs.evict(reference.offset)
-        return converted
+        return shared
 
 
-# MIL's name → the name in BlobType, where they differ by more than case.
-_BLOB_NAMES = {"fp16": "FLOAT16", "fp32": "FLOAT32", "bf16": "BFLOAT16"}
+# MIL's name → the type in a weights file.
+_RENAMED = {"fp16": "FLOAT16", "fp32": "FLOAT32", "bf16": "BFLOAT16"}
+_BLOB_TYPES = {
+    name: BlobType[stored]
+    for name in TORCH_DTYPE
+    if (stored := _RENAMED.get(name, name.upper())) in BlobType.__members__
+}
 
 
 def _damaged(path: Path, what: str) -> PackageError:
@@ -281,12 +279,6 @@ def _model_path(path: Path) -> Path:
     return model
 
 
-def _dtype(tensor_type: Message) -> str:
-    descriptor = tensor_type.DESCRIPTOR.fields_by_name["dataType"].enum_type
-    known = descriptor.values_by_number.get(tensor_type.dataType)
-    return mil_dtype(known.name) if known else f"type {tensor_type.dataType}"
-
-
 def _shape(tensor_type: Message) -> tuple[int | None, ...]:
     return tuple(
         dimension.constant.size if dimension.WhichOneof("dimension") == "constant" else None
@@ -299,7 +291,7 @@ def _tensor_type(named: Message) -> TensorType:
     if kind != "tensorType":
         return TensorType(named.name, (kind or "").removesuffix("Type"), ())
     tensor_type = named.type.tensorType
-    return TensorType(named.name, _dtype(tensor_type), _shape(tensor_type))
+    return TensorType(named.name, mil_dtype(tensor_type.dataType), _shape(tensor_type))
 
 
 def _value(message: Message) -> Value:
@@ -308,7 +300,7 @@ def _value(message: Message) -> Value:
         items = getattr(immediate, immediate.WhichOneof("value")).values
         return Literal("list", (len(items),), tuple(map(_value, items)))
     tensor_type = message.type.tensorType
-    dtype = _dtype(tensor_type)
+    dtype = mil_dtype(tensor_type.dataType)
     shape = tuple(size or 0 for size in _shape(tensor_type))
     if message.WhichOneof("value") == "blobFileValue":
         blob = message.blobFileValue

@@ -26,6 +26,9 @@ Compute: TypeAlias = Literal["storage", "fp32"]
 OnValue: TypeAlias = Callable[[str, str, torch.Tensor], None]
 
 
+_DAMAGED = "The package is damaged; compile it again."
+
+
 @dataclass(slots=True)
 class Frame:
     """What one run holds: the values by slot."""
@@ -62,7 +65,7 @@ class Steps:
             try:
                 self._store(step, step.compute(frame), frame.values)
             except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
-                name = step.operation.outputs[0].name
+                name = _name(step.operation)
                 raise RunError(
                     f"operation {step.operation.type} ({name}) of {self.where} failed: {error}"
                 ) from error
@@ -103,7 +106,10 @@ class Preparation:
         self._refuse_missing(function.block)
         for value in function.inputs:
             self._slots[value.name] = len(self._slots)
-        self.steps = self._prepare(function.block, [value.name for value in function.inputs])
+        try:
+            self.steps = self._prepare(function.block, list(self._slots))
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            raise PackageError(f"{self._where} makes no sense: {error!r}", _DAMAGED) from error
         self.size = len(self._slots)
 
     def held_dtype(self, value: TensorType) -> torch.dtype:
@@ -169,9 +175,9 @@ class Preparation:
             constant = self._constant_of(arguments[0])
             if constant is None:
                 raise PackageError(
-                    f"operation {operation.type} ({operation.outputs[0].name}) of {self._where} "
+                    f"operation {operation.type} ({_name(operation)}) of {self._where} "
                     f"has an input that is not constant: {name}",
-                    "The package is damaged; compile it again.",
+                    _DAMAGED,
                 )
             parts[name] = constant
         for index, value in enumerate(operation.outputs):
@@ -187,14 +193,14 @@ class Preparation:
         given.update((name, (value,)) for name, value in operation.attributes.items())
         for name in sorted(definition.required - given.keys()):
             raise PackageError(
-                f"operation {operation.type} ({operation.outputs[0].name}) of {self._where} "
+                f"operation {operation.type} ({_name(operation)}) of {self._where} "
                 f"lacks its input {name}",
-                "The package is damaged; compile it again.",
+                _DAMAGED,
             )
         for name, arguments in given.items():
             if name not in definition.parameters:
                 raise UnsupportedOpError(
-                    f"operation {operation.type} ({operation.outputs[0].name}) of {self._where} "
+                    f"operation {operation.type} ({_name(operation)}) of {self._where} "
                     f"has an input the interpreter lacks: {name}"
                 )
             yield name, definition.parameters[name], arguments
@@ -221,7 +227,7 @@ class Preparation:
         if argument not in self._slots:
             raise PackageError(
                 f"{self._where} uses a value that nothing computes before: {argument}",
-                "The package is damaged; compile it again.",
+                _DAMAGED,
             )
         slot = self._slots[argument]
         if wide and self._compute == "storage":
@@ -244,7 +250,7 @@ class Preparation:
         for operation in _all_operations(block):
             if operation.type not in OPS and operation.type not in ("const", "cond"):
                 missing[operation.type] += 1
-                first.setdefault(operation.type, operation.outputs[0].name)
+                first.setdefault(operation.type, _name(operation))
         if missing:
             listed = ", ".join(
                 f"{kind} ({first[kind]}{f' and {count - 1} more' if count > 1 else ''})"
@@ -264,6 +270,10 @@ def fits(tensor: torch.Tensor, declared: TensorType) -> bool:
     return len(shape) == len(declared.shape) and all(
         want is None or size == want for size, want in zip(shape, declared.shape, strict=True)
     )
+
+
+def _name(operation: Operation) -> str:
+    return operation.outputs[0].name if operation.outputs else "without outputs"
 
 
 def _widened(tensor: torch.Tensor) -> torch.Tensor:

@@ -78,5 +78,3 @@ def violation(drift: Drift, declared: Exactness, values: Tensors, reference: Ten
 
 
 LOSS_METRICS = ("relative", "maximum")
-
-

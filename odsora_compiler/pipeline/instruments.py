@@ -48,13 +48,23 @@ class Instrument:
 
 
 class StructureCheck(Instrument):
-    """Verify the program's structure after every pass."""
+    """Verify the program's structure after every pass, and that its signature is what it was."""
+
+    def before(self, program: Program, report: PassReport) -> None:
+        self._signature = (program.inputs, program.outputs)
 
     def after(self, program: Program, report: PassReport) -> None:
         try:
             verify_program(program)
         except VerificationError as error:
             raise PassError(f"pass '{report.name}' left a broken program: {error}") from error
+        for was, now in zip(self._signature, (program.inputs, program.outputs), strict=True):
+            if was != now:
+                raise PassError(
+                    f"pass '{report.name}' changed the program's signature from "
+                    f"({', '.join(map(str, was))}) to ({', '.join(map(str, now))})",
+                    "A program keeps the names, shapes and types of its inputs and outputs.",
+                )
 
 
 class Timing(Instrument):
@@ -162,16 +172,23 @@ def all_outputs(program: Program) -> dict[str, torch.Tensor]:
 
     Keys: the host's output names, and `component.function:output`.
     """
-    first_inputs: dict[str, dict[str, torch.Tensor]] = {}
-    outputs = dict(
-        evaluate_program(
-            program,
-            program.examples,
-            on_call=lambda name, inputs: first_inputs.setdefault(name, dict(inputs)),
-        )
-    )
-    for name, inputs in first_inputs.items():
-        for function in program.component(name).functions:
-            results = evaluate_component(program.component(name), function, inputs)
+    inputs: dict[str, Mapping[str, torch.Tensor]] = {}
+    called: dict[tuple[str, str], Mapping[str, torch.Tensor]] = {}
+
+    def on_call(
+        name: str,
+        function: str,
+        given: Mapping[str, torch.Tensor],
+        results: Mapping[str, torch.Tensor],
+    ) -> None:
+        if name not in inputs:
+            inputs[name] = dict(given)
+            called[name, function] = results
+
+    outputs = dict(evaluate_program(program, program.examples, on_call))
+    for name, given in inputs.items():
+        component = program.component(name)
+        for function in component.functions:
+            results = called.get((name, function)) or evaluate_component(component, function, given)
             outputs.update({f"{name}.{function}:{key}": value for key, value in results.items()})
     return outputs

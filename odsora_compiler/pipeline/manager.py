@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from odsora_compiler.errors import OdsoraError, PassError, UsageError
 from odsora_compiler.ir.program import Program
@@ -100,27 +101,37 @@ class PassManager:
         instruments: Sequence[Instrument],
         analyses: Analyses,
     ) -> PassReport:
+        lacking = sorted(item.requires - program.facts)
+        if lacking:
+            raise PassError(
+                f"pass '{item.name}' requires {', '.join(lacking)}, which the passes before it "
+                "were to establish but did not",
+                "See above what they left alone and why.",
+            )
         report = PassReport(item.name, text, item.exactness)
         for instrument in instruments:
             instrument.before(program, report)
-        before = fingerprint(program)
+        before = _state(program)
         context = Context(item.name, self.precision, analyses)
         start = time.perf_counter()
         try:
             item.run(program, context)
-        except OdsoraError:
+        except (PassError, UsageError):
             raise
+        except OdsoraError as error:
+            raise PassError(f"pass '{item.name}' failed: {error.message}", error.hint) from error
         except Exception as error:
             raise PassError(
                 f"pass '{item.name}' failed: {type(error).__name__}: {error}"
             ) from error
         report.seconds = time.perf_counter() - start
-        report.changed = fingerprint(program) != before
+        report.changed = _changed(item, program, before)
         report.declined, report.notes = tuple(context.declined), tuple(context.notes)
         if report.changed:
             for fact in item.destroys:
                 _forget(program, fact)
-            program.facts = (program.facts - item.destroys) | item.establishes
+            program.facts = program.facts - item.destroys
+        program.facts |= {fact for fact in item.establishes if _holds(program, fact)}
         program.history.append(text)
         if self.tell is not None:
             for line in (*report.declined, *report.notes):
@@ -160,6 +171,30 @@ def drift_checks(verify: str, tell: Callable[[str], None] | None = None) -> list
             f"unknown level of verification '{verify}'", "Use structure, numeric or full."
         )
     return [DriftCheck(limits[verify], tell)] if verify in limits else []
+
+
+def _state(program: Program) -> tuple[Any, ...]:
+    # Values of weights are too large to compare; a store that was put in place of another counts.
+    stores = {name: component.weights for name, component in program.components.items()}
+    return fingerprint(program), stores
+
+
+def _changed(item: Pass, program: Program, before: tuple[Any, ...]) -> bool:
+    try:
+        return _state(program) != before
+    except Exception as error:
+        raise PassError(f"pass '{item.name}' left a broken program: {error}") from error
+
+
+def _holds(program: Program, fact: str) -> bool:
+    """Whether `fact` is true of `program`, where the program itself tells; else it is believed."""
+    components = program.components.values()
+    if fact == "plan":
+        return any(component.plan is not None for component in components)
+    kind, _, name = fact.partition(" ")
+    if kind == "function":
+        return any(name in component.functions for component in components)
+    return True
 
 
 def _forget(program: Program, fact: str) -> None:

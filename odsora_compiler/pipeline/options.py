@@ -8,6 +8,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 from odsora_compiler.errors import UsageError, nearest
@@ -35,7 +36,7 @@ class ByteSize(int):
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMG]?i?B?)", text.strip())
         if not match or match[2] not in _UNITS:
             raise ValueError(f"'{text}' is not a size such as 256MB or 1.5GiB")
-        size = cls(float(match[1]) * _UNITS[match[2]])
+        size = cls(Decimal(match[1]) * _UNITS[match[2]])
         if size <= 0:
             raise ValueError("a size must be positive")
         return size

@@ -87,7 +87,7 @@ class Runner:
         entry = self.bundle.component(component).function(function)
         values = dict(inputs)
         for call, freed in zip(entry.chunks, _last_uses(entry), strict=True):
-            given = {item.name: _convert(values[item.name], item) for item in call.inputs}
+            given = {item.name: as_feature(values[item.name], item) for item in call.inputs}
             values.update(self.run_chunk(component, function, call, given))
             for name in freed:
                 values.pop(name, None)
@@ -95,7 +95,7 @@ class Runner:
             if self._progress is not None:
                 self._progress(self._done, f"{component}.{function} {call.package}")
         return {
-            item.name: _convert(values[entry.results[item.name]], item) for item in entry.outputs
+            item.name: as_feature(values[entry.results[item.name]], item) for item in entry.outputs
         }
 
     def run_chunk(
@@ -216,5 +216,7 @@ def _last_uses(entry: FunctionEntry) -> list[list[str]]:
     return freed[::-1]
 
 
-def _convert(value: torch.Tensor, feature: Feature) -> torch.Tensor:
-    return value.to(feature.torch_dtype)
+def as_feature(value: torch.Tensor, feature: Feature) -> torch.Tensor:
+    """`value` in the dtype and shape of a package's feature."""
+    # Core ML has no features of rank 0: they have one element in a package.
+    return value.to(feature.torch_dtype).reshape(feature.shape)

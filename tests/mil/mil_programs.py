@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import coremltools as ct
+import coremltools.converters.mil as mil
 import numpy as np
 import pytest
 import torch
-from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil.mil import types
 
 from odsora_compiler.mil.interpreter import Interpreter
 from odsora_compiler.mil.package import Package
 
+# The name coremltools' own documentation uses throughout.
+mb = mil.Builder
 OPSET = ct.target.iOS18
 
 # Turns values into a numpy array of the float type a program is built for.
@@ -55,10 +57,10 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=generator).half().double()
 
 
-def conformance_test(cases: Sequence[Case]) -> Callable[..., None]:
+def conformance_test(cases: Sequence[Case], target: ct.target = OPSET) -> Callable[..., None]:
     """A test over the cases, by name, each in fp32 and in fp16."""
     assert len({c.name for c in cases}) == len(cases), "two cases of one name"
-    conformance = Conformance(cases)
+    conformance = Conformance(cases, target)
 
     @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
     @pytest.mark.parametrize("name", [c.name for c in cases])
@@ -71,8 +73,9 @@ def conformance_test(cases: Sequence[Case]) -> Callable[..., None]:
 class Conformance:
     """The cases of a theme, built into one package and run once for each float type."""
 
-    def __init__(self, cases: Sequence[Case]) -> None:
+    def __init__(self, cases: Sequence[Case], target: ct.target) -> None:
         self._cases = {c.name: c for c in cases}
+        self._target = target
         self._results: dict[str, dict[str, torch.Tensor]] = {}
 
     def check(self, name: str, dtype: str, folders: pytest.TempPathFactory) -> None:
@@ -96,12 +99,12 @@ class Conformance:
 
     def _run(self, dtype: str, path: Path) -> dict[str, torch.Tensor]:
         inputs = {f"{c.name}_{key}": v for c in self._cases.values() for key, v in c.inputs.items()}
-        build_package(path, list(self._cases.values()), dtype)
+        build_package(path, list(self._cases.values()), dtype, self._target)
         carried = {key: _carried(value, dtype) for key, value in inputs.items()}
         return Interpreter(Package.open(path)).run(carried)
 
 
-def build_package(path: Path, cases: Sequence[Case], dtype: str) -> None:
+def build_package(path: Path, cases: Sequence[Case], dtype: str, target: ct.target = OPSET) -> None:
     """Save one program with every case in it; inputs and outputs are named after the cases."""
     mil_type = types.fp16 if dtype == "fp16" else types.fp32
     specs, names = [], []
@@ -122,27 +125,31 @@ def build_package(path: Path, cases: Sequence[Case], dtype: str) -> None:
     # mb names inputs after the function's parameters, so it needs one of just this signature.
     namespace: dict[str, Any] = {"build_all": lambda given: _build(cases, f, given)}
     exec(f"def program({', '.join(names)}):\n    return build_all(dict(locals()))", namespace)
-    program = mb.program(input_specs=specs, opset_version=OPSET)(namespace["program"])
-    save(program, path, pass_pipeline=ct.PassPipeline.EMPTY)
+    program = mb.program(input_specs=specs, opset_version=target)(namespace["program"])
+    save(program, path, target=target, pass_pipeline=ct.PassPipeline.EMPTY)
 
 
-def save(program: Any, path: Path, precision: str = "fp32", **options: Any) -> None:
-    """Convert a MIL program, or an exported one, and save it as a package."""
-    ct.convert(
+def save(
+    program: Any, path: Path, precision: str = "fp32", target: ct.target = OPSET, **options: Any
+) -> Any:
+    """Convert a MIL program, or an exported one, save it as a package and return the model."""
+    model = ct.convert(
         program,
-        minimum_deployment_target=OPSET,
+        minimum_deployment_target=target,
         compute_precision=getattr(ct.precision, "FLOAT16" if precision == "fp16" else "FLOAT32"),
         skip_model_load=True,
         **options,
-    ).save(str(path))
+    )
+    model.save(str(path))
+    return model
 
 
 def convert_module(
     module: torch.nn.Module, inputs: dict[str, torch.Tensor], path: Path, precision: str = "fp32"
-) -> None:
-    """Export a module, convert it without any legalization and save it as a package."""
+) -> Any:
+    """Export a module, convert it without any legalization, save it and return the model."""
     exported = torch.export.export(module.eval(), (), inputs, strict=False).run_decompositions({})
-    save(exported, path, precision)
+    return save(exported, path, precision)
 
 
 def _build(cases: Sequence[Case], f: ToFloat, given: dict[str, Any]) -> tuple[Any, ...]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from coremltools.converters.mil import Builder as mb
-from mil_programs import case, conformance_test, numbers
+from mil_programs import case, conformance_test, mb, numbers
 
 X = numbers(2, 3, 4, 5) * 3
 PER_CHANNEL = torch.tensor([0.25, 0.5, -0.75], dtype=torch.float64)

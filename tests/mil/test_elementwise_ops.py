@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from coremltools.converters.mil import Builder as mb
-from mil_programs import Case, case, conformance_test, numbers
+from mil_programs import Case, case, conformance_test, mb, numbers
 
 X, Y = numbers(2, 3, 4), numbers(2, 3, 4, seed=5)
 POSITIVE = X.abs() + 0.0625

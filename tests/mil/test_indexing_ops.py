@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from coremltools.converters.mil import Builder as mb
-from mil_programs import Case, case, conformance_test, numbers
+from mil_programs import Case, build_package, case, conformance_test, mb, numbers
+
+from odsora_compiler.errors import RunError
+from odsora_compiler.mil.interpreter import Interpreter
+from odsora_compiler.mil.package import Package
 
 X = numbers(4, 5, 6)
 INTS = torch.arange(24, dtype=torch.int32).reshape(4, 6)
@@ -136,7 +141,7 @@ CASES = [
     case(
         "gather_batches",
         lambda f, x, i: mb.gather(x=x, indices=i, axis=2, batch_dims=1),
-        lambda x, i: torch.stack([row[:, index.long()] for row, index in zip(x, i)]),
+        lambda x, i: torch.stack([row[:, index.long()] for row, index in zip(x, i, strict=True)]),
         x=(2, 3, 5),
         i=torch.tensor([[4, 0], [1, 2]]),
     ),
@@ -144,7 +149,10 @@ CASES = [
         "gather_two_batches",
         lambda f, x, i: mb.gather(x=x, indices=i, axis=2, batch_dims=2),
         lambda x, i: torch.stack(
-            [torch.stack([r[k.long()] for r, k in zip(a, b)]) for a, b in zip(x, i)]
+            [
+                torch.stack([r[k.long()] for r, k in zip(a, b, strict=True)])
+                for a, b in zip(x, i, strict=True)
+            ]
         ),
         x=(2, 3, 5, 2),
         i=torch.tensor([[[4], [0], [1]], [[2], [2], [3]]]),
@@ -176,13 +184,7 @@ CASES = [
 test_operation = conformance_test(CASES)
 
 
-def test_validated_index_outside_of_the_axis_is_an_error(tmp_path) -> None:
-    from mil_programs import build_package
-
-    from odsora_compiler.errors import RunError
-    from odsora_compiler.mil.interpreter import Interpreter
-    from odsora_compiler.mil.package import Package
-
+def test_validated_index_outside_of_the_axis_is_an_error(tmp_path: Path) -> None:
     checked = case(
         "checked",
         lambda f, x, i: mb.gather(x=x, indices=i, axis=0, validate_indices=True),
@@ -193,5 +195,5 @@ def test_validated_index_outside_of_the_axis_is_an_error(tmp_path) -> None:
     build_package(tmp_path / "a.mlpackage", [checked], "fp32")
     interpreter = Interpreter(Package.open(tmp_path / "a.mlpackage"))
     inputs = {f"checked_{name}": value for name, value in checked.inputs.items()}
-    with pytest.raises(RunError, match="operation gather .* outside of 0 to 2"):
+    with pytest.raises(RunError, match=r"operation gather .* outside of 0 to 2"):
         interpreter.run(inputs)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from coremltools.converters.mil import Builder as mb
-from mil_programs import Case, case, conformance_test, numbers
+from mil_programs import Case, case, conformance_test, mb, numbers
 
 X = numbers(2, 3, 4, 5)
 POSITIVE = X.abs() + 0.25

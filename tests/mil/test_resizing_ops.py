@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from coremltools.converters.mil import Builder as mb
-from mil_programs import Case, case, conformance_test, numbers
+from mil_programs import Case, case, conformance_test, mb, numbers
 
 X = numbers(2, 3, 4, 6)
 PAIR = torch.tensor([0.0, 1.0]).reshape(1, 1, 1, 2)
@@ -34,7 +33,7 @@ CASES = [
     case(
         "upsample_nearest_fraction",
         lambda f, x: mb.upsample_nearest_neighbor(
-            x=x, scale_factor_height=1.5, scale_factor_width=np.float32(0.5)
+            x=x, scale_factor_height=1.5, scale_factor_width=0.5
         ),
         lambda x: F.interpolate(x, size=(6, 3), mode="nearest"),
         x=X,
@@ -54,7 +53,7 @@ CASES = [
     case(
         "upsample_bilinear",
         lambda f, x: mb.upsample_bilinear(
-            x=x, scale_factor_height=2, scale_factor_width=1.5, align_corners=False
+            x=x, scale_factor_height=2.0, scale_factor_width=1.5, align_corners=False
         ),
         lambda x: F.interpolate(x, size=(8, 9), mode="bilinear", align_corners=False),
         x=X,

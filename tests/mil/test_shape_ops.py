@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from coremltools.converters.mil import Builder as mb
-from mil_programs import Case, case, conformance_test, numbers
+from mil_programs import Case, case, conformance_test, mb, numbers
 
 X = numbers(2, 3, 4, 5)
 INTS = torch.arange(24, dtype=torch.int32).reshape(2, 3, 4)
@@ -243,7 +242,9 @@ CASES = [
     case(
         "reverse_sequence",
         lambda f, x: mb.reverse_sequence(x=x, lengths=[2, 0, 4], seq_axis=1, batch_axis=0),
-        lambda x: torch.stack([torch.cat([r[:k].flip(0), r[k:]]) for r, k in zip(x, (2, 0, 4))]),
+        lambda x: torch.stack(
+            [torch.cat([x[i, :k].flip(0), x[i, k:]]) for i, k in enumerate((2, 0, 4))]
+        ),
         x=(3, 4, 2),
     ),
     pads("pad_zeros", [1, 2, 0, 3], "constant", "constant", (2, 3, 4)),

@@ -1,0 +1,235 @@
+"""The lowering stage's entry: chunks of a component's functions become packages.
+
+Each chunk is one package, whose functions are the chunk's part of every function of the component.
+Chunks of equal structure are converted once. What the chunks are is the planner's business, what
+becomes of the packages the bundle's.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from odsora_compiler.ir.function import Function
+from odsora_compiler.ir.weights import WeightStore
+from odsora_compiler.lowering.compressed import compress
+from odsora_compiler.lowering.convert import convert
+from odsora_compiler.lowering.interface import Interface, Names, Precision, interface_of
+from odsora_compiler.lowering.legalize import LegalWeights, legalize
+from odsora_compiler.lowering.link import Part, write_package
+from odsora_compiler.lowering.precision import exact_boundaries
+from odsora_compiler.lowering.rules import DEFAULT_RULES, HALF_RULES
+from odsora_compiler.lowering.template import (
+    NoTemplateError,
+    Template,
+    make_template,
+    structure_key,
+)
+from odsora_compiler.rewrite.rules import Rule
+
+
+@dataclass(frozen=True)
+class LoweringSettings:
+    """How to lower. `half_rules` are applied after `rules` where the precision is "fp16"."""
+
+    precision: Precision = "fp16"
+    rules: Sequence[Rule] = DEFAULT_RULES
+    half_rules: Sequence[Rule] = HALF_RULES
+
+    @property
+    def all_rules(self) -> tuple[Rule, ...]:
+        """The legalization rules for this precision."""
+        return (*self.rules, *(self.half_rules if self.precision == "fp16" else ()))
+
+
+@dataclass(frozen=True)
+class ChunkSource:
+    """A chunk to lower. `name` becomes the package's file name.
+
+    `functions`: function name → the chunk's part of it, as `ir.chunks.split` gives it; the first
+    is the package's default. `half_io`: inputs and outputs that may be float16 in a "fp16" package
+    (values handed from chunk to chunk); the others are float32.
+    """
+
+    name: str
+    functions: dict[str, Function]
+    half_io: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class FunctionReport:
+    """How one function of a package came about.
+
+    `interface`: names, dtypes and shapes of the Core ML features, named as in the chunk's function.
+    `template`: the conversion it shares with functions of equal structure ("" where it was
+    converted in full, for the `reason` given). `operators`: the stem of an operation's name in the
+    package (`op12_linear`) → the node it comes from.
+    """
+
+    interface: Interface
+    template: str
+    reason: str
+    operators: dict[str, str]
+
+
+@dataclass(frozen=True)
+class PackageReport:
+    """A package that was written. `dense`: compressed weights that had to be written dense."""
+
+    name: str
+    path: Path
+    weight_bytes: int
+    seconds: float
+    functions: dict[str, FunctionReport]
+    dense: tuple[str, ...] = ()
+
+
+def lower_chunks(
+    chunks: Sequence[ChunkSource],
+    weights: WeightStore,
+    folder: Path,
+    settings: LoweringSettings | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[PackageReport]:
+    """Write `folder`/NAME.mlpackage for every chunk, given in the order in which they run.
+
+    Weights are read one at a time; a chunk whose structure occurs once is held as a whole. Raises
+    `LoweringError` naming function and node where something cannot be lowered.
+    """
+    settings = settings or LoweringSettings()
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    jobs = _jobs(chunks, weights, settings)
+    occurrences = Counter(job.key for job in jobs.values())
+    lowering = _Lowering(folder, settings, occurrences)
+    reports = []
+    for chunk in chunks:
+        path = folder / f"{chunk.name}.mlpackage"
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".lower-") as scratch:
+            made = {
+                name: lowering.function(jobs[chunk.name, name], Path(scratch) / name)
+                for name in chunk.functions
+            }
+            parts = [result.part for result in made.values()]
+            size = write_package(path, parts, default=parts[0].name)
+        seconds = time.perf_counter() - start
+        dense = sorted({name for result in made.values() for name in result.dense})
+        functions = {name: result.report for name, result in made.items()}
+        report = PackageReport(chunk.name, path, size, seconds, functions, tuple(dense))
+        reports.append(report)
+        progress(_line(report))
+        start = time.perf_counter()
+    return reports
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One function of one chunk, ready to be converted."""
+
+    name: str
+    chunk: str
+    function: Function
+    weights: LegalWeights
+    half_io: frozenset[str]
+    exact: frozenset[str]
+    key: str
+
+    @property
+    def compressed(self) -> list[str]:
+        names = self.function.weight_names()
+        return [name for name in names if self.weights.encoding(name) is not None]
+
+
+@dataclass(frozen=True)
+class _Made:
+    part: Part
+    report: FunctionReport
+    dense: set[str] = field(default_factory=set)
+
+
+def _jobs(
+    chunks: Sequence[ChunkSource], weights: WeightStore, settings: LoweringSettings
+) -> dict[tuple[str, str], _Job]:
+    exact = _exact_boundaries(chunks)
+    jobs = {}
+    for chunk in chunks:
+        for name, function in chunk.functions.items():
+            legal, own = legalize(function, weights, settings.all_rules)
+            half = chunk.half_io - exact
+            key = structure_key(legal, own, settings.precision, half, exact)
+            jobs[chunk.name, name] = _Job(
+                name, chunk.name, legal, own, frozenset(half), frozenset(exact), key
+            )
+    return jobs
+
+
+def _exact_boundaries(chunks: Sequence[ChunkSource]) -> set[str]:
+    names = dict.fromkeys(name for chunk in chunks for name in chunk.functions)
+    return {
+        value
+        for name in names
+        for value in exact_boundaries(
+            [chunk.functions[name] for chunk in chunks if name in chunk.functions]
+        )
+    }
+
+
+class _Lowering:
+    """Converts functions, each structure that occurs more than once by a template."""
+
+    def __init__(self, folder: Path, settings: LoweringSettings, occurrences: Counter[str]) -> None:
+        self._folder = folder
+        self._precision = settings.precision
+        self._occurrences = occurrences
+        self._templates: dict[str, tuple[Template | None, str, str]] = {}
+
+    def function(self, job: _Job, scratch: Path) -> _Made:
+        reason = "its structure occurs once"
+        if self._occurrences[job.key] > 1 or job.compressed:
+            template, title, reason = self._template(job)
+            if template is not None:
+                try:
+                    return self._from_template(job, template, title)
+                except NoTemplateError as error:
+                    reason = str(error)
+        converted = convert(
+            job.function, job.weights, scratch, self._precision, job.half_io, job.exact
+        )
+        Names(job.function).restore(converted.specification)
+        part = Part.of_file(job.name, converted.specification, converted.weights)
+        return _Made(part, self._report(job, "", reason), set(job.compressed))
+
+    def _template(self, job: _Job) -> tuple[Template | None, str, str]:
+        if job.key not in self._templates:
+            title = f"{job.chunk}/{job.name}"
+            try:
+                template = make_template(
+                    job.function, job.weights, self._folder, self._precision, job.half_io, job.exact
+                )
+                self._templates[job.key] = (template, title, "")
+            except NoTemplateError as error:
+                self._templates[job.key] = (None, title, str(error))
+        return self._templates[job.key]
+
+    def _from_template(self, job: _Job, template: Template, title: str) -> _Made:
+        part = template.part(job.name, job.function, job.weights)
+        whole = template.whole_weights(job.function)
+        part, done = compress(part, whole, job.weights)
+        return _Made(part, self._report(job, title, ""), set(job.compressed) - done)
+
+    def _report(self, job: _Job, template: str, reason: str) -> FunctionReport:
+        interface = interface_of(job.function, self._precision, job.half_io)
+        operators = Names.operators(job.function)
+        return FunctionReport(interface, template, reason, operators)
+
+
+def _line(report: PackageReport) -> str:
+    how = ", ".join(
+        f"{name} {'like ' + item.template if item.template else 'converted'}"
+        for name, item in report.functions.items()
+    )
+    return f"{report.name}: {report.weight_bytes / 1e6:.1f} MB, {how}, {report.seconds:.1f} s"

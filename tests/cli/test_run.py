@@ -1,0 +1,160 @@
+"""odsora-run as a user meets it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MODEL, run
+from safetensors.torch import load_file, save_file
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    torch.manual_seed(7)
+    return {"x": torch.randn(2, 6, 32), "shift": torch.randn(32)}
+
+
+def eager(given: dict[str, torch.Tensor]) -> torch.Tensor:
+    namespace: dict[str, object] = {}
+    exec(MODEL, namespace)
+    spec = namespace["build"]()  # type: ignore[operator]
+    with torch.no_grad():
+        return spec.module.eval()(**given)["y"]
+
+
+def test_outputs_are_those_of_the_model(bundle: Path, tmp_path: Path) -> None:
+    save_file(inputs(), tmp_path / "in.safetensors")
+    result = run("run", bundle, "--inputs", "in.safetensors", "-o", "out.safetensors", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    found, expected = load_file(tmp_path / "out.safetensors")["y"], eager(inputs())
+    assert found.dtype == torch.float32
+    assert (
+        torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.9999
+    )
+    assert (found - expected).abs().max() < 1e-2
+
+
+def test_the_signature_is_printed_without_inputs(bundle: Path, tmp_path: Path) -> None:
+    result = run("run", bundle, cwd=tmp_path)
+    assert "x: float32[2, 6, 32]" in result.stdout and "net.base" in result.stdout
+
+
+def test_the_example_is_compared_with_pytorch(bundle: Path, tmp_path: Path) -> None:
+    result = run("run", bundle, "--example", cwd=tmp_path)
+    assert result.returncode == 0 and "against PyTorch: relative" in result.stdout
+
+
+def test_a_budget_is_kept_and_traced(bundle: Path, tmp_path: Path) -> None:
+    save_file(inputs(), tmp_path / "in.safetensors")
+    result = run(
+        *("run", bundle, "--inputs", "in.safetensors", "-o", "out.safetensors"),
+        *("--memory-budget", "40kB", "--trace", "trace.json"),
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    counters = [event["args"]["bytes"] for event in events if event["ph"] == "C"]
+    assert 0 < max(counters) <= 40_000
+    lanes = [event["cat"] for event in events if event["ph"] == "X"]
+    assert lanes.count("compute") == 4 and lanes.count("load") == 4 and lanes.count("evict") >= 3
+    unlimited = run(
+        "run", bundle, "--inputs", "in.safetensors", "-o", "all.safetensors", cwd=tmp_path
+    )
+    assert unlimited.returncode == 0
+    both = [load_file(tmp_path / name)["y"] for name in ("out.safetensors", "all.safetensors")]
+    assert torch.equal(*both)
+
+
+def changed(bundle: Path, folder: Path) -> Path:
+    """A copy of the bundle that a test may change."""
+    return Path(shutil.copytree(bundle, folder / "copy.odsora"))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("missing chunk", "is incomplete"),
+        ("flipped byte", "checksum"),
+        ("truncated", "truncated"),
+        ("newer schema", "schema version 99"),
+        ("no manifest", "not a bundle"),
+        ("broken manifest", "not valid JSON"),
+        ("outside", "outside"),
+    ],
+)
+def test_damaged_bundles_are_refused(
+    bundle: Path, tmp_path: Path, change: str, expected: str
+) -> None:
+    copy = changed(bundle, tmp_path)
+    manifest = copy / "manifest.json"
+    data = json.loads(manifest.read_text())
+    package = data["components"]["net"]["packages"]["net-02"]
+    weights = next((copy / package["path"]).rglob("weight.bin"))
+    if change == "missing chunk":
+        shutil.rmtree(copy / package["path"])
+    elif change == "flipped byte":
+        content = bytearray(weights.read_bytes())
+        content[len(content) // 2] ^= 1
+        weights.write_bytes(content)
+    elif change == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif change == "newer schema":
+        manifest.write_text(json.dumps({**data, "schema": 99}))
+    elif change == "no manifest":
+        manifest.unlink()
+    elif change == "broken manifest":
+        manifest.write_text(manifest.read_text()[:-50])
+    elif change == "outside":
+        package["path"] = "../../etc"
+        manifest.write_text(json.dumps(data))
+    save_file(inputs(), tmp_path / "in.safetensors")
+    result = run("run", copy, "--inputs", "in.safetensors", "-o", "out.safetensors", cwd=tmp_path)
+    assert result.returncode == 1
+    assert expected in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "expected"),
+    [
+        ({"x": torch.zeros(2, 6, 32)}, "missing input shift"),
+        ({**inputs(), "extra": torch.zeros(1)}, "unknown input extra"),
+        ({**inputs(), "x": torch.zeros(2, 7, 32)}, "Expected x: float32[2, 6, 32]"),
+        ({**inputs(), "x": torch.zeros(2, 6, 32, dtype=torch.float64)}, "float64"),
+    ],
+)
+def test_wrong_inputs_are_named(
+    bundle: Path, tmp_path: Path, tensors: dict[str, torch.Tensor], expected: str
+) -> None:
+    save_file(tensors, tmp_path / "in.safetensors")
+    result = run("run", bundle, "--inputs", "in.safetensors", cwd=tmp_path)
+    assert result.returncode == 1
+    assert expected in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (["--function", "bsae"], 1, "Did you mean 'base'?"),
+        (["--memory-budget", "1kB"], 1, "chunk 'net-"),
+        (["--memory-budget", "lots"], 2, "is not a size"),
+        (["--executor", "tpu"], 1, "there is no executor 'tpu'"),
+        (["--executor", "coreml"], 1, "needs macOS"),
+        (["-o", "there/is/none.safetensors"], 2, "no such folder"),
+    ],
+)
+def test_wrong_options_are_named(
+    bundle: Path, tmp_path: Path, arguments: list[str], code: int, expected: str
+) -> None:
+    save_file(inputs(), tmp_path / "in.safetensors")
+    result = run("run", bundle, "--inputs", "in.safetensors", *arguments, cwd=tmp_path)
+    assert result.returncode == code, result.stderr
+    assert expected in result.stderr and "Traceback" not in result.stderr
+
+
+def test_an_output_is_not_overwritten_without_force(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.safetensors").write_text("precious")
+    result = run("run", bundle, "--example", "-o", "out.safetensors", cwd=tmp_path)
+    assert result.returncode == 2 and "--force" in result.stderr
+    assert (tmp_path / "out.safetensors").read_text() == "precious"
