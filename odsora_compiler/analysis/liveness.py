@@ -31,12 +31,18 @@ class Liveness:
     A step is an operator together with the `getitem`s that take its parts. Position p lies before
     step p; the last one, `len(steps)`, after all. `live[p]`: values made before position p and read
     after it, in the order they are made. Inputs, weights and the function's outputs do not count as
-    alive: whoever runs the function holds them anyway.
+    alive: whoever runs the function holds them anyway. `input_reads`: the last step that reads each
+    input, -1 where none does.
     """
 
     function: Function
     steps: tuple[tuple[fx.Node, ...], ...]
     live: tuple[tuple[Value, ...], ...]
+    input_reads: tuple[int, ...]
+
+    def inputs_after(self, position: int) -> int:
+        """How many of the function's inputs are read at or after `position`."""
+        return sum(last >= position for last in self.input_reads)
 
     def live_after(self, node: fx.Node) -> tuple[Value, ...]:
         """Values alive once the step of `node` is done."""
@@ -90,4 +96,8 @@ def liveness(
                 size = value_bytes(node.meta["val"])
                 alive[node] = Value(node, size, index, last_read[node])
         live.append(tuple(alive.values()))
-    return Liveness(function, tuple(map(tuple, steps)), tuple(live))
+    input_reads = tuple(
+        max((step_of[user] for user in node.users if user in step_of), default=-1)
+        for node in function.placeholders
+    )
+    return Liveness(function, tuple(map(tuple, steps)), tuple(live), input_reads)

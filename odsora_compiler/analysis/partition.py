@@ -209,11 +209,18 @@ def _tie(lists: list[list[tuple[int, int]]], order: nx.DiGraph) -> None:
 
 
 def _narrowest(outline: Outline, heavy: list[int], done: int) -> int | None:
-    """The first position after `done` heavy steps where the fewest bytes cross, if there is one."""
+    """The first position after `done` heavy steps where the fewest bytes cross, if there is one.
+
+    Inputs of the function cost nothing to cross; where bytes are equal, fewer of them still to come
+    decide, so that a cut lies behind the sum `input + layer(input)` as it does in later blocks.
+    """
     first = heavy[done - 1] + 1 if done else 0
     last = heavy[done] if done < len(heavy) else len(outline.needs)
     positions = [p for p in range(first, last + 1) if outline.liveness.can_cut(p)]
-    return min(positions, key=outline.liveness.crossing_bytes, default=None)
+    crossing = {p: outline.liveness.crossing_bytes(p) for p in positions}
+    fewest = min(crossing.values(), default=0)
+    least = [p for p in positions if crossing[p] == fewest]
+    return min(least, key=outline.liveness.inputs_after, default=None)
 
 
 def _first_uses(needs: Sequence[set[str]]) -> list[list[tuple[str, int]]]:

@@ -19,6 +19,7 @@ import torch
 from odsora_compiler.errors import WeightsError
 
 _LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
+_SMALL = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -69,17 +70,23 @@ def read_header(file: Path) -> dict[str, TensorPlace]:
 def map_tensor(file: Path, place: TensorPlace) -> torch.Tensor:
     """The tensor at `place`, mapped: its pages are read when touched and go when the tensor goes.
 
-    Writing to it does not reach the file. Raises `OSError` or `ValueError` when it cannot be mapped.
+    Small ones are read at once, because every mapping holds a file descriptor. Writing to the
+    tensor does not reach the file. Raises `OSError` or `ValueError` when it cannot be had.
     """
-    if place.size == 0:
-        return torch.empty(place.shape, dtype=place.dtype)
     page = place.start - place.start % mmap.ALLOCATIONGRANULARITY
     inside = place.start - page
     with open(file, "rb") as opened:
-        view = mmap.mmap(opened.fileno(), inside + place.size, access=mmap.ACCESS_COPY, offset=page)
-    flat = torch.frombuffer(view, dtype=torch.uint8, count=place.size, offset=inside)
-    if inside % place.dtype.itemsize:
-        flat = flat.clone()  # a tensor's numbers must be aligned
+        if place.size < _SMALL or inside % place.dtype.itemsize:
+            # Into memory of PyTorch's own: the last bit of a matrix product depends on how its
+            # operands are aligned, which would otherwise be another way in each run.
+            flat = torch.empty(place.size, dtype=torch.uint8)
+            opened.seek(place.start)
+            if opened.readinto(flat.numpy()) != place.size:
+                raise ValueError("the file ends before it")
+        else:
+            length = inside + place.size
+            view = mmap.mmap(opened.fileno(), length, access=mmap.ACCESS_COPY, offset=page)
+            flat = torch.frombuffer(view, dtype=torch.uint8, count=place.size, offset=inside)
     return flat.view(place.dtype).view(place.shape)
 
 

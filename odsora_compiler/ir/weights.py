@@ -298,7 +298,8 @@ def _shards(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise WeightsError(
-            f"{path}: no such file or folder", "--weights takes a .safetensors file or a folder."
+            f"{path}: no such file or folder",
+            "Weights are a .safetensors file or a folder of them.",
         )
     indexes = sorted(path.glob("*.safetensors.index.json"))
     if len(indexes) > 1:

@@ -67,7 +67,8 @@ class FunctionReport:
     `interface`: names, dtypes and shapes of the Core ML features, named as in the chunk's function.
     `template`: the conversion it shares with functions of equal structure ("" where it was
     converted in full, for the `reason` given). `operators`: the stem of an operation's name in the
-    package (`op12_linear`) → the node it comes from.
+    package (`op12_linear`) → the node it comes from; one that makes an output bears the output's
+    name.
     """
 
     interface: Interface

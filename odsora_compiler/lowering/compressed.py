@@ -72,7 +72,7 @@ def _rewrite(
             f"Core ML has tables of {min(_INDEX_TYPES)} to {max(_INDEX_TYPES)} bits.",
         )
     index_type = _INDEX_TYPES[table.bits]
-    lut = _lut(table, index_type.bits, dtype, name)
+    lut = _lut(table, index_type.bits, dtype)
     del operation.attributes["val"]
     operation.type = "constexpr_lut_to_dense"
     indices = operation.inputs["indices"].arguments.add().value
@@ -85,14 +85,9 @@ def _rewrite(
         _refer(values, blobs, dtype, lut, (name, "lut"))
 
 
-def _lut(table: LookupTable, bits: int, dtype: BlobType, name: str) -> torch.Tensor:
+def _lut(table: LookupTable, bits: int, dtype: BlobType) -> torch.Tensor:
     """The tables as Core ML has them: [groups along each axis…, 2**bits, 1]."""
     groups, size = table.table.shape
-    if table.table.abs().max() > 65504 and dtype is BlobType.FLOAT16:
-        raise LoweringError(
-            f"weight '{name}' has a look-up table with values beyond half precision's range",
-            "Leave this weight out of the compression, or lower with precision fp32.",
-        )
     values = table.table.float() if dtype is BlobType.FLOAT32 else rounded(table.table)
     padded = torch.zeros(groups, 1 << bits, dtype=values.dtype)
     padded[:, :size] = values

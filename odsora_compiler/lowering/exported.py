@@ -58,7 +58,9 @@ def exported_program(function: Function, weights: WeightStore) -> ExportedProgra
         inputs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(made[node].name), None))
     for index, node in enumerate(function.operators()):
         made[node] = _operator(graph, index, node, made)
-    outputs = [_output(graph, made[node]) for node in function.results.values()]
+    outputs: list[fx.Node] = []
+    for node in function.results.values():
+        outputs.append(_output(graph, made[node], outputs))
     graph.output(tuple(outputs))
     signature = ExportGraphSignature(
         inputs,
@@ -104,10 +106,18 @@ def _operator(
     return copy
 
 
-def _output(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """What leaves the function for `node`: booleans as integers."""
-    if node.meta["val"].dtype != torch.bool:
-        return node
-    cast = graph.call_function(aten._to_copy.default, (node,), {"dtype": torch.int32})
-    cast.meta["val"] = fake_tensor(tuple(node.meta["val"].shape), torch.int32)
-    return cast
+def _output(graph: fx.Graph, node: fx.Node, others: Collection[fx.Node]) -> fx.Node:
+    """What leaves the function for `node`: booleans as integers, scalars as vectors of one."""
+    shape, dtype = tuple(node.meta["val"].shape), node.meta["val"].dtype
+    if dtype == torch.bool:
+        node = graph.call_function(aten._to_copy.default, (node,), {"dtype": torch.int32})
+        node.meta["val"] = fake_tensor(shape, torch.int32)
+    if not shape:
+        node = graph.call_function(aten.view.default, (node, [1]))
+        node.meta["val"] = fake_tensor((1,), dtype)
+    if node.op == "placeholder" or node in others:
+        # An output is renamed, which no input and no other output may be. A product with one that
+        # leaves the function is not optimised away.
+        node = graph.call_function(aten.mul.Tensor, (node, 1))
+        node.meta["val"] = fake_tensor(shape, dtype)
+    return node

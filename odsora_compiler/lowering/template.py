@@ -181,7 +181,7 @@ class _ProbeWeights:
     """Random values in place of a function's free weights, no two of them alike.
 
     Values lie between 0.4 and 1.8: they fit half precision, and roots and logarithms exist. All are
-    cut from one pool and scaled each by a factor of its own, so that the first few are cheap to have.
+    cut from one pool and scaled each by a factor of its own: the first few are cheap to have.
     """
 
     def __init__(self, weights: LegalWeights, names: list[str], seed: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from odsora_compiler.mil.dtypes import TORCH_DTYPE
+from odsora_compiler.mil.memory import converted
 from odsora_compiler.mil.package import BlobReference, Literal, Package
 
 
@@ -77,4 +78,4 @@ class Compressed(Constant):
 
     def read(self, dtype: torch.dtype | None) -> torch.Tensor:
         stored = self._decompress().to(self.dtype)
-        return stored if dtype is None else stored.to(dtype)
+        return stored if dtype in (None, self.dtype) else converted(stored, dtype)

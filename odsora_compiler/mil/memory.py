@@ -19,4 +19,5 @@ def converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     size = tensor.numel() * dtype.itemsize
     if size < _LARGE:
         return tensor.to(dtype)
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(tensor.shape).copy_(tensor)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(tensor.shape).copy_(tensor)

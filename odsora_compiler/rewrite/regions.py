@@ -48,7 +48,7 @@ class AxisMerge:
 
     def copy(
         self,
-        nodes: Iterable[fx.Node],
+        nodes: Sequence[fx.Node],
         entries: Iterable[fx.Node],
         exits: Iterable[fx.Node],
     ) -> dict[fx.Node, fx.Node]:
@@ -61,6 +61,7 @@ class AxisMerge:
         copies: dict[fx.Node, fx.Node] = {}
         averaged: dict[fx.Node, fx.Node] = {}
         first = set(entries)
+        summaries = _beside(nodes)
 
         def operand(user: fx.Node, used: fx.Node) -> fx.Node:
             if used in copies:
@@ -78,8 +79,6 @@ class AxisMerge:
                 averaged[used] = self._average(self.editor.before(user), used, places)
             return averaged[used]
 
-        nodes = tuple(nodes)
-        summaries = _beside(nodes)
         for node in nodes:
             operands = {used: operand(node, used) for used in node.all_input_nodes}
             copies[node] = self._copy(self.editor.before(node), node, {}, operands)

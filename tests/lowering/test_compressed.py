@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from odsora_compiler.errors import LoweringError
 from odsora_compiler.ir.evaluate import evaluate
 from odsora_compiler.ir.weights import EncodedWeights, LookupTable
 from odsora_compiler.lowering.quiet import quiet_coremltools
-from odsora_compiler.mil.package import Package
 
 C = 32
 X = {"x": torch.randn(2, 5, C, generator=torch.Generator().manual_seed(0))}
@@ -82,14 +82,13 @@ def test_operation_is_the_one_coremltools_makes(encoded: Any, lowered: Any, tmp_
     with quiet_coremltools() as ct:
         from coremltools.optimize import coreml as optimize
 
-        ours = Package.open(report.path)
-        single = Package.open(dense.path).specification
-        model = _single(ct, single, dense.path)
+        ours = _specification(report.path)
+        model = _single(ct, _specification(dense.path), dense.path)
         config = optimize.OptimizationConfig(
             global_config=optimize.OpPalettizerConfig(nbits=4, weight_threshold=100)
         )
         theirs = optimize.palettize_weights(model, config).get_spec()
-    (mine,) = _tables(ours.specification.mlProgram.functions["base"])
+    (mine,) = _tables(ours.mlProgram.functions["base"])
     (other,) = _tables(theirs.mlProgram.functions["main"])
     for name in ("indices", "lut"):
         (a,), (b,) = mine.inputs[name].arguments, other.inputs[name].arguments
@@ -99,6 +98,13 @@ def test_operation_is_the_one_coremltools_makes(encoded: Any, lowered: Any, tmp_
     assert set(mine.inputs) == set(other.inputs)
     assert set(mine.attributes) == set(other.attributes)
     assert mine.outputs[0].type == other.outputs[0].type
+
+
+def _specification(path: Path) -> Any:
+    from coremltools.proto import Model_pb2
+
+    file = path / "Data" / "com.apple.CoreML" / "model.mlmodel"
+    return Model_pb2.Model.FromString(file.read_bytes())
 
 
 def _single(ct: Any, specification: Any, path: Path) -> Any:
@@ -133,7 +139,14 @@ def test_compressed_weight_that_stands_transposed_is_written_dense(
     torch.testing.assert_close(got, evaluate(function, weights, X)["out"], rtol=1e-4, atol=1e-4)
 
 
-def test_table_beyond_half_precision_is_refused(encoded: Any, lowered: Any) -> None:
+def test_table_beyond_half_precision_is_written_dense(encoded: Any, lowered: Any) -> None:
     function, weights = encoded(table(4, scale=1e6))
-    with pytest.raises(LoweringError, match="weight 'w' has a look-up table with values beyond"):
+    report = lowered(function, weights, "fp16")
+    assert report.dense == ("w",)
+    assert "weight 'w' has values beyond half precision" in report.functions["base"].reason
+
+
+def test_table_of_too_many_bits_is_refused(encoded: Any, lowered: Any) -> None:
+    function, weights = encoded(replace(table(4), bits=9))
+    with pytest.raises(LoweringError, match="weight 'w' has a look-up table of 9 bits"):
         lowered(function, weights, "fp16")

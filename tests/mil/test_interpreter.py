@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,34 @@ def test_runs_repeat_and_leave_inputs_and_weights_alone(tmp_path: Path) -> None:
     for name in ("out", "same"):
         assert torch.equal(first[name], second[name])
     torch.testing.assert_close(first["out"], x @ torch.tensor(weight).T, rtol=2e-3, atol=2e-3)
+
+
+def anonymous_bytes() -> int:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_released_weights_leave_memory(tmp_path: Path) -> None:
+    size, layers = 1024, 6
+    weights = [np.full((size, size), 0.001 * k, np.float16) for k in range(1, layers + 1)]
+
+    def program(x: Any) -> Any:
+        for weight in weights:
+            x = mb.linear(x=x, weight=weight)
+        return mb.identity(x=x, name="out")
+
+    interpreter = Interpreter(packaged(tmp_path / "a.mlpackage", program, half(1, size)))
+    inputs = {"x": torch.ones(1, size)}
+    before = anonymous_bytes()
+    first = interpreter.run(inputs)["out"]
+    held = anonymous_bytes() - before
+    interpreter.release()
+    left = anonymous_bytes() - before
+    fp32_bytes = 4 * layers * size**2
+    assert held > 0.9 * fp32_bytes
+    assert left < 0.1 * fp32_bytes
+    assert torch.equal(interpreter.run(inputs)["out"], first)
 
 
 @pytest.mark.parametrize("go", [1, 0])

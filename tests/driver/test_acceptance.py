@@ -1,0 +1,209 @@
+"""What was lowered wrongly is found on the machine that lowered it, and named."""
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import odsora_compiler as odsora
+from odsora_compiler.driver.acceptance import AcceptanceReport, accept
+from odsora_compiler.driver.compiler import component_inputs
+from odsora_compiler.errors import VerificationError
+from odsora_compiler.ir.program import Program
+from odsora_compiler.lowering.bundle import write_bundle
+from odsora_compiler.lowering.chunks import LoweringSettings
+from odsora_compiler.lowering.rules import DEFAULT_RULES
+from odsora_compiler.mil.blobs import BlobFile
+from odsora_compiler.runtime.bundle import Bundle
+
+ROOT = Path(__file__).parents[2]
+
+
+class Block(nn.Module):
+    """Residual block with the operators whose arguments coremltools is known to drop."""
+
+    def __init__(self, width: int, operator: str) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, 2 * width)
+        self.fc2 = nn.Linear(2 * width, width)
+        self.operator = operator
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.fc1(self.norm(x))
+        if self.operator == "gelu":
+            h = nn.functional.gelu(h, approximate="tanh")
+        elif self.operator == "add":
+            h = torch.add(h, h.sigmoid(), alpha=3)
+        return x + self.fc2(h)
+
+
+def chain(operator: str, depth: int = 3, width: int = 64, chunk: str = "36kB") -> Program:
+    """A chain of blocks, a chunk each."""
+    torch.manual_seed(0)
+    module = nn.Sequential(*(Block(width, operator) for _ in range(depth)))
+    spec = odsora.ModelSpec(module, {"input": 2 * torch.randn(4, 16, width)})
+    return odsora.run_passes(odsora.capture(spec), f"cidl{{budget={chunk}}}")
+
+
+def lowered_and_accepted(
+    program: Program,
+    folder: Path,
+    settings: LoweringSettings,
+    damage: Callable[[Path], None] = lambda folder: None,
+    limit_flops: float | None = None,
+) -> AcceptanceReport:
+    folder.mkdir(exist_ok=True)
+    lowered = write_bundle(program, folder, settings, "iOS18")
+    damage(folder)
+    return accept(Bundle(folder), lowered, component_inputs(program), limit_flops)
+
+
+@pytest.mark.parametrize("operator", ["gelu", "add"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_with_legalization_the_package_is_right(
+    tmp_path: Path, operator: str, precision: str
+) -> None:
+    program = chain(operator)
+    report = lowered_and_accepted(program, tmp_path / "b", LoweringSettings(precision))
+    assert len(report.chunks) == 3 and len(report.functions) == 1
+    for drift in (*report.chunks.values(), *report.functions.values()):
+        assert drift.maximum < (1e-5 if precision == "fp32" else 5e-3)
+
+
+@pytest.mark.parametrize(("operator", "mil"), [("gelu", "aten.gelu"), ("add", "aten.add")])
+def test_without_its_legalization_the_operator_is_found_and_named(
+    tmp_path: Path, operator: str, mil: str
+) -> None:
+    rules = [
+        rule
+        for rule in DEFAULT_RULES
+        if operator not in {t.__name__.split(".")[0] for t in rule.targets}
+    ]
+    assert len(rules) < len(DEFAULT_RULES)
+    with pytest.raises(VerificationError) as caught:
+        lowered_and_accepted(chain(operator), tmp_path / "b", LoweringSettings("fp32", rules=rules))
+    text = str(caught.value)
+    assert "chunk model-00" in text and mil in text and "test_acceptance.py" in text
+
+
+def weight_file(folder: Path, chunk: int) -> Path:
+    return next((folder / "packages" / f"model-{chunk:02d}.mlpackage").rglob("weight.bin"))
+
+
+def change_largest_weight(path: Path) -> None:
+    """Write another number into the largest weight, as a bug in lowering would."""
+    largest = max(BlobFile(path).entries(), key=lambda entry: entry.size)
+    content = bytearray(path.read_bytes())
+    content[largest.data_offset : largest.data_offset + 4] = struct.pack("<f", 5.0)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("chunk", [0, 2])
+@pytest.mark.parametrize("limit", [None, 0.0])
+def test_a_wrong_weight_is_found_in_any_chunk(
+    tmp_path: Path, chunk: int, limit: float | None
+) -> None:
+    """Also where chunks of one structure are executed only once (no FLOP allowed for the whole)."""
+    with pytest.raises(VerificationError, match=f"chunk model-0{chunk}"):
+        # The size of the file stays, so opening the bundle does not notice.
+        lowered_and_accepted(
+            chain("gelu"),
+            tmp_path / "b",
+            LoweringSettings("fp32"),
+            lambda folder: change_largest_weight(weight_file(folder, chunk)),
+            limit,
+        )
+
+
+def test_where_the_whole_is_too_expensive_each_structure_runs_once(tmp_path: Path) -> None:
+    program = chain("gelu", depth=4)
+    report = lowered_and_accepted(
+        program, tmp_path / "b", LoweringSettings("fp32"), limit_flops=0.0
+    )
+    assert [name for name, _ in report.chunks] == ["model-00"]
+    assert report.weights_read_back == 3 * 6 and not report.functions
+
+
+class Overflow(nn.Module):
+    """Fine in float32, not in float16: the square is beyond 65504, and then infinity - infinity."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        square = (x * 1000).square()
+        return (square * 2 - square) / 1e6
+
+
+def test_nan_is_found_and_the_operation_named(tmp_path: Path) -> None:
+    spec = odsora.ModelSpec(Overflow(), {"x": torch.linspace(1, 2, 64).reshape(4, 16)})
+    with pytest.raises(VerificationError) as caught:
+        lowered_and_accepted(odsora.capture(spec), tmp_path / "b", LoweringSettings("fp16"))
+    assert "NaN" in str(caught.value) and "aten.sub" in str(caught.value)
+    report = lowered_and_accepted(odsora.capture(spec), tmp_path / "c", LoweringSettings("fp32"))
+    assert report.functions["model.base"].maximum < 1e-6
+
+
+class HiddenNan(nn.Module):
+    """NaN inside, which the output does not show."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        square = (x * 1000).square()
+        odd = square * 2 - square
+        return torch.where(odd > 0, x, x)
+
+
+def test_a_nan_that_does_not_reach_the_output_is_found(tmp_path: Path) -> None:
+    spec = odsora.ModelSpec(HiddenNan(), {"x": torch.linspace(1, 2, 64).reshape(4, 16)})
+    with pytest.raises(VerificationError, match="NaN"):
+        lowered_and_accepted(odsora.capture(spec), tmp_path / "b", LoweringSettings("fp16"))
+
+
+def test_a_model_that_gives_nan_itself_is_refused(tmp_path: Path) -> None:
+    class Broken(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x - 10).log()
+
+    spec = odsora.ModelSpec(Broken(), {"x": torch.ones(2, 3)})
+    with pytest.raises(VerificationError, match="PyTorch itself gives NaN"):
+        lowered_and_accepted(odsora.capture(spec), tmp_path / "b", LoweringSettings("fp32"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_golden_denoiser_end_to_end(tmp_path: Path, precision: str) -> None:
+    """Released numbers: model file and weights file to packages, executed, against the goldens."""
+    golden = load_file(ROOT / "tests" / "golden" / "stdit3_b.safetensors")
+    inputs = {key[3:]: value for key, value in golden.items() if key.startswith("in.")}
+    from safetensors.torch import save_file
+
+    state = {key[6:]: value for key, value in golden.items() if key.startswith("state.")}
+    save_file(state, tmp_path / "weights.safetensors")
+    options = {
+        "depth": 1,
+        "hidden_size": 96,
+        "num_heads": 6,
+        "caption_channels": 16,
+        "model_max_length": 12,
+        "latent_frames": 8,
+        "latent_height": 7,
+        "latent_width": 9,
+    }
+    program = odsora.capture(
+        ROOT / "examples/open_sora/stdit3.py", options, tmp_path / "weights.safetensors"
+    )
+    program.examples = inputs
+    program = odsora.run_passes(program, "tdtm,cidl{budget=300kB}", precision=precision)
+    bundle = odsora.lower(program, tmp_path / "golden.odsora", precision=precision)
+    runner = odsora.load(bundle)
+    for function, name in (("tdtm", "out.tdtm_masked_text"), ("base", "out.masked_text")):
+        found = runner.run(inputs, function)["v"]
+        expected = golden[name]
+        if precision == "fp32":
+            assert (found - expected).abs().max() < 1e-4
+        else:
+            cosine = nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0)
+            assert cosine > 0.9995
+    packages = list((bundle / "packages").iterdir())
+    assert len(packages) > 2
