@@ -11,27 +11,29 @@ import torch
 
 from odsora_compiler.errors import RunError, nearest
 from odsora_compiler.ir.manifest import PackageEntry
+from odsora_compiler.mil.interpreter import Interpreter
+from odsora_compiler.mil.package import Package
 
 Tensors = Mapping[str, torch.Tensor]
 
 
-class LoadedChunk(Protocol):
-    """A function of a package, its weights in memory or read at the first run."""
+class LoadedPackage(Protocol):
+    """A package whose weights are in memory, or read when a function first runs."""
 
-    def run(self, inputs: Tensors) -> dict[str, torch.Tensor]:
-        """Compute the chunk's outputs, by name."""
+    def run(self, function: str, inputs: Tensors) -> dict[str, torch.Tensor]:
+        """Compute the outputs of one of its functions, by name."""
 
     def release(self) -> None:
         """Give the weights' memory back."""
 
 
 class Executor(Protocol):
-    """Loads chunks."""
+    """Loads packages."""
 
     name: str
 
-    def load(self, package: Path, function: str) -> LoadedChunk:
-        """Make a chunk ready to run."""
+    def load(self, package: Path) -> LoadedPackage:
+        """Make a package ready to run. Its functions share one copy of the weights."""
 
     def resident_bytes(self, entry: PackageEntry, precision: str) -> int:
         """Bytes of memory that the weights of a loaded package take."""
@@ -40,20 +42,33 @@ class Executor(Protocol):
 class MilExecutor:
     """Interprets saved packages with torch.
 
-    Half-precision weights are widened to float32 once when a chunk is loaded, so they take twice
+    Half-precision weights are widened to float32 once when they are first used, so they take twice
     their bytes in the package.
     """
 
     name = "mil"
 
-    def load(self, package: Path, function: str) -> LoadedChunk:
-        from odsora_compiler.mil.interpreter import Interpreter
-        from odsora_compiler.mil.package import Package
-
-        return Interpreter(Package.open(package), function)
+    def load(self, package: Path) -> LoadedPackage:
+        return _MilPackage(package)
 
     def resident_bytes(self, entry: PackageEntry, precision: str) -> int:
         return entry.weight_bytes * (2 if precision == "fp16" else 1)
+
+
+class _MilPackage:
+    def __init__(self, path: Path) -> None:
+        self._package = Package.open(path)
+        self._functions: dict[str, Interpreter] = {}
+
+    def run(self, function: str, inputs: Tensors) -> dict[str, torch.Tensor]:
+        if function not in self._functions:
+            self._functions[function] = Interpreter(self._package, function)
+        return self._functions[function].run(inputs)
+
+    def release(self) -> None:
+        for interpreter in self._functions.values():
+            interpreter.release()
+        self._functions.clear()
 
 
 class CoreMLExecutor:
@@ -70,25 +85,31 @@ class CoreMLExecutor:
                 "the 'coreml' executor needs macOS", "Use --executor mil, which runs anywhere."
             )
 
-    def load(self, package: Path, function: str) -> LoadedChunk:
-        import coremltools
-
-        return _CoreMLChunk(coremltools.models.MLModel(str(package), function_name=function))
+    def load(self, package: Path) -> LoadedPackage:
+        return _CoreMLPackage(package)
 
     def resident_bytes(self, entry: PackageEntry, precision: str) -> int:
         return entry.weight_bytes
 
 
-class _CoreMLChunk:
-    def __init__(self, model: Any) -> None:
-        self._model = model
+class _CoreMLPackage:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._models: dict[str, Any] = {}
 
-    def run(self, inputs: Tensors) -> dict[str, torch.Tensor]:
-        results = self._model.predict({name: value.numpy() for name, value in inputs.items()})
+    def run(self, function: str, inputs: Tensors) -> dict[str, torch.Tensor]:
+        import coremltools
+
+        if function not in self._models:
+            self._models[function] = coremltools.models.MLModel(
+                str(self._path), function_name=function
+            )
+        given = {name: value.numpy() for name, value in inputs.items()}
+        results = self._models[function].predict(given)
         return {name: torch.from_numpy(value) for name, value in results.items()}
 
     def release(self) -> None:
-        self._model = None
+        self._models.clear()
 
 
 _EXECUTORS: dict[str, type[MilExecutor] | type[CoreMLExecutor]] = {

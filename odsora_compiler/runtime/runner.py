@@ -16,7 +16,7 @@ from odsora_compiler.ir.manifest import ChunkCall, Feature, FunctionEntry
 from odsora_compiler.ir.program import call_component
 from odsora_compiler.ir.serialize import function_from_data
 from odsora_compiler.runtime.bundle import Bundle
-from odsora_compiler.runtime.executors import Executor, LoadedChunk, MilExecutor
+from odsora_compiler.runtime.executors import Executor, LoadedPackage, MilExecutor
 from odsora_compiler.runtime.trace import Trace
 
 Tensors = Mapping[str, torch.Tensor]
@@ -102,9 +102,9 @@ class Runner:
         self, component: str, function: str, call: ChunkCall, inputs: Tensors
     ) -> dict[str, torch.Tensor]:
         """Run one chunk on inputs of its declared dtypes."""
-        chunk = self._residency.acquire(component, call.package, function)
+        package = self._residency.acquire(component, call.package)
         with self.trace.span("compute", f"{call.package}.{function}"):
-            results = chunk.run(inputs)
+            results = package.run(function, inputs)
         self._residency.finished(component, call.package)
         return results
 
@@ -143,7 +143,7 @@ class _Residency:
         self._executor = executor
         self._budget = budget
         self._trace = trace
-        self._loaded: dict[tuple[str, str], dict[str, LoadedChunk]] = {}
+        self._loaded: dict[tuple[str, str], LoadedPackage] = {}
         self._checked: set[tuple[str, str]] = set()
         self.peak = 0
         sizes = {
@@ -160,22 +160,19 @@ class _Residency:
                 f"Give at least {self._largest} bytes, or compile with a smaller cidl budget.",
             )
 
-    def acquire(self, component: str, package: str, function: str) -> LoadedChunk:
-        """The chunk, loaded when it is not in memory."""
+    def acquire(self, component: str, package: str) -> LoadedPackage:
+        """The package, loaded when it is not in memory."""
         key = (component, package)
         if key not in self._loaded:
             if key not in self._checked:
                 with self._trace.span("check", package):
                     self._bundle.verify_checksums(component, package)
                 self._checked.add(key)
-            self._loaded[key] = {}
-        functions = self._loaded[key]
-        if function not in functions:
-            with self._trace.span("load", f"{package}.{function}"):
+            with self._trace.span("load", package):
                 path = self._bundle.package_path(component, package)
-                functions[function] = self._executor.load(path, function)
+                self._loaded[key] = self._executor.load(path)
             self._record()
-        return functions[function]
+        return self._loaded[key]
 
     def finished(self, component: str, package: str) -> None:
         """The chunk has run: it stays if the budget allows, else its memory is given back."""
@@ -188,12 +185,11 @@ class _Residency:
 
     def _drop(self, key: tuple[str, str]) -> None:
         with self._trace.span("evict", key[1]):
-            for chunk in self._loaded.pop(key).values():
-                chunk.release()
+            self._loaded.pop(key).release()
         self._record()
 
     def _held(self) -> int:
-        return sum(self._bytes(*key) * len(kept) for key, kept in self._loaded.items())
+        return sum(self._bytes(*key) for key in self._loaded)
 
     def _record(self) -> None:
         held = self._held()

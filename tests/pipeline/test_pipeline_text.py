@@ -17,7 +17,7 @@ PASSES = st.builds(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(PASSES, max_size=4).map(tuple))
 def test_what_is_printed_parses_back(passes: tuple[PassText, ...]) -> None:
     text = print_pipeline(passes)
@@ -25,7 +25,7 @@ def test_what_is_printed_parses_back(passes: tuple[PassText, ...]) -> None:
     assert print_pipeline(parse_pipeline(text)) == text
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.text(alphabet='ab,{}= "\\\n1', max_size=20))
 def test_any_text_is_parsed_or_refused(text: str) -> None:
     try:
