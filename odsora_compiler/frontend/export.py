@@ -34,8 +34,9 @@ from torch.export.graph_signature import (
 from torch.utils import _pytree as pytree
 
 from odsora_compiler.errors import CaptureError
+from odsora_compiler.frontend.decompose import can_take_apart, is_composite_view, recipe
 from odsora_compiler.ir.function import Function, Provenance
-from odsora_compiler.ir.inference import canonical
+from odsora_compiler.ir.inference import canonical, infer
 
 aten = torch.ops.aten
 
@@ -59,7 +60,8 @@ def trace_module(
     try:
         with torch.no_grad(), _quiet_tracing():
             exported = torch.export.export(module, (), arguments, strict=False)
-            exported = exported.run_decompositions({})
+            if not can_take_apart(exported.graph):
+                exported = exported.run_decompositions({})
     except Exception as error:
         raise _tracing_error(error) from error
     finally:
@@ -106,7 +108,7 @@ def _lift(exported: torch.export.ExportedProgram, inputs: Mapping[str, Any]) -> 
             f"the model changes its input {mutated} in place", "Use the out-of-place operator."
         )
     graph = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
+    mapping: dict[fx.Node, Any] = {}
     specs = {spec.arg.name: spec for spec in signature.input_specs}
     leaf_names = iter(_leaf_names(inputs))
     for node in exported.graph.find_nodes(op="placeholder"):
@@ -126,10 +128,8 @@ def _lift(exported: torch.export.ExportedProgram, inputs: Mapping[str, Any]) -> 
                 made.meta["val"] = canonical(node.meta["val"])
                 made.meta["provenance"] = Provenance(spec.target.rpartition(".")[0])
                 mapping[node] = made
-        elif node.op == "call_function":
-            converted = _convert(node, mapping, graph)
-            if converted is not None:
-                mapping[node] = converted
+        elif node.op == "call_function" and node.target not in _CHECKS:
+            mapping[node] = _convert(node, mapping, graph)
     output_names, results = _outputs(exported, mapping)
     graph.output(tuple(results)).meta["names"] = tuple(output_names)
     function = Function("base", graph)
@@ -176,11 +176,9 @@ def _quiet_tracing() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _convert(node: fx.Node, mapping: dict[fx.Node, fx.Node], graph: fx.Graph) -> fx.Node | None:
-    """The node in the new graph, or None for one that only checks something."""
+def _convert(node: fx.Node, mapping: dict[fx.Node, Any], graph: fx.Graph) -> Any:
+    """The operator in the new graph: a node, or a list of them where the parts were taken out."""
     target: Any = node.target
-    if target in _CHECKS:
-        return None
     value: Any = node.meta.get("val")
     if not all(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value)):
         raise CaptureError(
@@ -197,16 +195,39 @@ def _convert(node: fx.Node, mapping: dict[fx.Node, fx.Node], graph: fx.Graph) ->
         )
     args: Any = fx.node.map_arg(node.args, mapping.__getitem__)
     kwargs: Any = fx.node.map_arg(node.kwargs, mapping.__getitem__)
+    if target is operator.getitem and isinstance(args[0], list):
+        return args[0][args[1]]
+    if target in _CASTS or not is_composite_view(target):
+        return _add(graph, node, target, args, kwargs)
+
+    def call(part: Any, args: Any, kwargs: Any) -> fx.Node:
+        return _add(graph, node, part, args, kwargs)
+
+    def item(whole: fx.Node, index: int) -> fx.Node:
+        return _add(graph, node, operator.getitem, (whole, index), {})
+
+    fakes = fx.node.map_arg((args, kwargs), lambda used: used.meta["val"])
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, fx.Node)]
+    return recipe(target, *fakes).replay(tensors, call, item)
+
+
+def _add(graph: fx.Graph, origin: fx.Node, target: Any, args: Any, kwargs: Any) -> fx.Node:
+    """Add one operator call, or return its argument where the operator changes nothing."""
     kwargs = {key: arg for key, arg in kwargs.items() if key not in _PLACEMENT}
-    if target in _IDENTITIES or (target in _CASTS and args[0].meta["val"].dtype == value.dtype):
-        return args[0]
+    if target in _IDENTITIES:
+        same: fx.Node = args[0]
+        return same
     if target in _CASTS:
-        target, args, kwargs = aten._to_copy.default, args[:1], {"dtype": value.dtype}
+        dtype = infer(target, args, kwargs).dtype
+        if args[0].meta["val"].dtype == dtype:
+            source: fx.Node = args[0]
+            return source
+        target, args, kwargs = aten._to_copy.default, args[:1], {"dtype": dtype}
     target = _SAME.get(target, target)
-    _refuse_unfit(target, node)
-    made = graph.create_node("call_function", target, args, kwargs, name=node.name)
-    made.meta["val"] = canonical(value)
-    made.meta["provenance"] = _provenance(node)
+    _refuse_unfit(target, origin)
+    made = graph.create_node("call_function", target, args, kwargs, name=origin.name)
+    made.meta["val"] = infer(target, args, kwargs)
+    made.meta["provenance"] = _provenance(origin)
     return made
 
 
@@ -273,7 +294,7 @@ _PLACEMENT = {"device", "pin_memory", "layout", "memory_format", "non_blocking"}
 
 
 def _outputs(
-    exported: torch.export.ExportedProgram, mapping: dict[fx.Node, fx.Node]
+    exported: torch.export.ExportedProgram, mapping: dict[fx.Node, Any]
 ) -> tuple[list[str], list[fx.Node]]:
     specs = exported.graph_signature.output_specs
     out_spec = exported.call_spec.out_spec
@@ -281,7 +302,11 @@ def _outputs(
     slots = pytree.tree_unflatten(list(range(out_spec.num_leaves)), out_spec)
     paths = {leaf: _path_name(path) for path, leaf in pytree.tree_flatten_with_path(slots)[0]}
     by_name = {node.name: node for node in exported.graph.nodes}
-    taken = {str(node.target) for node in mapping.values() if node.op == "placeholder"}
+    taken = {
+        str(node.target)
+        for node in mapping.values()
+        if isinstance(node, fx.Node) and node.op == "placeholder"
+    }
     names: list[str] = []
     results = []
     user_outputs = [spec for spec in specs if spec.kind is OutputKind.USER_OUTPUT]

@@ -43,14 +43,14 @@ def infer(target: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
     that do not fit.
     """
     bound_args, bound_kwargs = fx.node.map_arg((args, dict(kwargs)), lambda node: node.meta["val"])
-    key = _memo_key(target, bound_args, bound_kwargs)
+    key = call_key(target, bound_args, bound_kwargs)
     if key not in _MEMO:
         with FAKE_MODE:
             _MEMO[key] = canonical(target(*bound_args, **bound_kwargs))
     return _MEMO[key]
 
 
-def _memo_key(target: Any, args: Any, kwargs: Any) -> Any:
+def call_key(target: Any, args: Any, kwargs: Any) -> Any:
     leaves, structure = pytree.tree_flatten((args, kwargs))
     described = tuple(
         (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, FakeTensor) else (type(leaf), leaf)

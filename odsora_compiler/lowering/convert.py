@@ -8,6 +8,7 @@ of the weights, a model object) takes most of its time; the result is the same t
 from __future__ import annotations
 
 import gc
+from collections import deque
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from odsora_compiler.errors import LoweringError
+from odsora_compiler.errors import LoweringError, OdsoraError
 from odsora_compiler.ir.function import Function
 from odsora_compiler.ir.weights import WeightStore
 from odsora_compiler.lowering.exported import exported_program
@@ -58,18 +59,20 @@ def convert(
     `half_io`: see `interface_of`. `exact_outputs`: outputs to be computed in single precision in a
     "fp16" package. Raises `LoweringError` naming the node that coremltools cannot convert.
     """
-    exported = exported_program(function, weights)
     interface = interface_of(function, precision, half_io)
     exact = _numbers(function, exact_nodes(function, exact_outputs))
-    current: list[Any] = []
-
+    current: deque[Any] = deque(maxlen=1)
     with quiet_coremltools(current.append) as coremltools, _one_collection():
         _check_supported(function)
         try:
-            program = _read(coremltools, exported, interface)
-            current.clear()
-            return _write(program, folder, precision, exact)
-        except LoweringError:
+            # No variable here may hold a program: it would outlive the collection.
+            return _write(
+                _read(coremltools, exported_program(function, weights), interface, current),
+                folder,
+                precision,
+                exact,
+            )
+        except OdsoraError:
             raise
         except Exception as error:
             raise _failure(function, current, error) from error
@@ -84,11 +87,13 @@ def _numbers(function: Function, nodes: Collection[fx.Node]) -> set[int]:
 # ------------------------------------------------------------------ coremltools, stage by stage
 
 
-def _read(coremltools: Any, exported: ExportedProgram, interface: Interface) -> Any:
+def _read(
+    coremltools: Any, exported: ExportedProgram, interface: Interface, current: deque[Any]
+) -> Any:
     """The MIL program as coremltools' front end makes it."""
     from coremltools.converters.mil.frontend.torch.load import load
 
-    return load(
+    program = load(
         exported,
         inputs=[
             coremltools.TensorType(
@@ -102,6 +107,12 @@ def _read(coremltools: Any, exported: ExportedProgram, interface: Interface) -> 
         ],
         specification_version=coremltools.target.iOS18.value,
     )
+    current.clear()
+    for operation in program.functions["main"].operations:
+        # The front end names some values, but not the operations, after the node they come from.
+        if len(operation.outputs) == 1 and operator_number(operation.outputs[0].name) is not None:
+            operation.name = operation.outputs[0].name
+    return program
 
 
 def _write(program: Any, folder: Path, precision: Precision, exact: set[int]) -> Conversion:
@@ -178,7 +189,7 @@ def _check_supported(function: Function) -> None:
             )
 
 
-def _failure(function: Function, current: list[Any], error: Exception) -> LoweringError:
+def _failure(function: Function, current: deque[Any], error: Exception) -> LoweringError:
     text = str(error).strip().splitlines() or [type(error).__name__]
     number = operator_number(current[-1].name) if current else None
     place = "a pass over the whole function"

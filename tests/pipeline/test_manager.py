@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -271,22 +272,20 @@ def test_what_is_declared_is_allowed(exactness: Exactness, action: object) -> No
 @pytest.mark.parametrize(
     ("exactness", "action", "message"),
     [
-        (Exact(), change_one_bit, "declared exact, but the outputs are not bit-equal: relative"),
-        (Exact(), swap_weights, "declared exact, but"),
-        (Exact(), encode, "declared exact, but"),
-        (Close(1e-5, 1e-6), scale(1.001), "declared close\\(rtol=1e-05, atol=1e-06\\), but output"),
-        (Lossy("relative", 0.1), scale(2.0), "relative loss is .*, declared at most 0.1"),
-        (Lossy("maximum", 0.1), scale(2.0), "maximum loss is .*, declared at most 0.1"),
-        (Lossy(), not_a_number, "NaN or infinity in"),
-        (Close(1e9, 1e9), not_a_number, "NaN or infinity in"),
+        (Exact(), change_one_bit, "exact, but the outputs are not bit-equal: relative"),
+        (Exact(), swap_weights, "exact, but"),
+        (Exact(), encode, "exact, but"),
+        (Close(1e-5, 1e-6), scale(1.001), "close\\(rtol=1e-05, atol=1e-06\\), but output"),
+        (Lossy("relative", 0.1), scale(2.0), "lossy.*, but its relative loss is .*, declared at most 0.1"),
+        (Lossy("maximum", 0.1), scale(2.0), "lossy.*, but its maximum loss is .*, declared at most 0.1"),
+        (Lossy(), not_a_number, ".*, but NaN or infinity in"),
+        (Close(1e9, 1e9), not_a_number, ".*, but NaN or infinity in"),
     ],
 )
 def test_what_is_not_declared_is_an_error(
     exactness: Exactness, action: object, message: str
 ) -> None:
-    with pytest.raises(PassError, match="pass 'p' is " + message.removeprefix("declared ").join(
-        ["declared " if message.startswith("declared") else "declared .*", ""]
-    )):
+    with pytest.raises(PassError, match=f"pass 'p' is declared {message}"):
         check(exactness, action)
 
 
@@ -295,7 +294,7 @@ def test_a_loss_without_a_budget_is_reported() -> None:
     made = make_pass("p", scale(1.5), exactness=Lossy())
     run(net_program(), "p{level=2}", made, instruments=(DriftCheck(tell=told.append),))
     assert len(told) == 1
-    assert told[0].startswith("p{level=2}: relative 1.")
+    assert re.match(r"p\{level=2\}: relative \d", told[0])
 
 
 def test_a_function_nobody_calls_yet_is_held_to_it_too() -> None:

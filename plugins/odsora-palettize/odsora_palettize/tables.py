@@ -6,57 +6,72 @@ that model is compressed, and the table is read out of the saved package.
 
 from __future__ import annotations
 
+import io
 import tempfile
+from contextlib import redirect_stderr
 from pathlib import Path
+from typing import Any
 
-import coremltools as ct
-import coremltools.optimize.coreml as cto
 import torch
-from coremltools.converters.mil import Builder
-
 from odsora_compiler.ir.weights import LookupTable
 from odsora_compiler.lowering.quiet import quiet_coremltools
-from odsora_compiler.mil.package import BlobReference, Package
+from odsora_compiler.mil.package import Literal, Package
+
+# From so many half-precision numbers on, coremltools finds the best table there is (k-means in one
+# dimension has an exact solution); below, or in single precision, it asks scikit-learn to guess.
+_EXACT_FROM = 10_000
 
 
 def find_table(weight: torch.Tensor, bits: int, group: int | None) -> LookupTable:
-    """k-means tables of `2**bits` values for `weight`, float32 of any rank of at least 1.
+    """The k-means tables of `2**bits` values for `weight`, float32 of any rank of at least 1.
 
     `group`: so many consecutive channels (dimension 0, a multiple of it) share a table; None: all.
     """
-    flat = weight.reshape(weight.shape[0], -1).contiguous()
-    grouping = (
-        {"granularity": "per_tensor"}
-        if group is None
-        else {"granularity": "per_grouped_channel", "group_size": group}
-    )
+    flat = weight.reshape(weight.shape[0], -1)
+    # Half precision is for the search alone; scaled, so that no weight is too large or small for it.
+    peak = float(flat.abs().max()) or 1.0
+    # Every number repeated as often leaves the best table what it is.
+    repeats = -(-_EXACT_FROM // ((group or flat.shape[0]) * flat.shape[1]))
+    scaled = (flat / peak).half().repeat(1, repeats)
+    with quiet_coremltools() as ct, redirect_stderr(io.StringIO()):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "one-layer.mlpackage"
+            _compressed_layer(ct, scaled, bits, group).save(str(path))
+            indices, table = _read_table(Package.open(path))
+            # Copied out of the file, which goes with the folder.
+            indices, table = indices[:, : flat.shape[1]].clone(), table * peak
+    return LookupTable(bits, indices.reshape(weight.shape), table, axis=0)
+
+
+def _compressed_layer(ct: Any, weight: torch.Tensor, bits: int, group: int | None) -> Any:
+    import coremltools.optimize.coreml as cto
+    from coremltools.converters.mil import Builder
+    from coremltools.converters.mil.mil import types
+
+    grouping: dict[str, Any] = {"granularity": "per_tensor"}
+    if group is not None:
+        grouping = {"granularity": "per_grouped_channel", "group_size": group}
     config = cto.OptimizationConfig(
         global_config=cto.OpPalettizerConfig(
             mode="kmeans", nbits=bits, weight_threshold=0, **grouping
         )
     )
-    with quiet_coremltools(), tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "one-layer.mlpackage"
-        cto.palettize_weights(_linear_model(flat), config).save(str(path))
-        indices, table = _read_table(Package.open(path))
-        # Copied out of the file, which goes with the folder.
-        indices, table = indices.clone(), table.clone()
-    return LookupTable(bits, indices.reshape(weight.shape), table, axis=0)
+    shape = (1, weight.shape[1])
 
-
-def _linear_model(flat: torch.Tensor) -> ct.models.MLModel:
     @Builder.program(
-        input_specs=[Builder.TensorSpec(shape=(1, flat.shape[1]))], opset_version=ct.target.iOS18
+        input_specs=[Builder.TensorSpec(shape=shape, dtype=types.fp16)],
+        opset_version=ct.target.iOS18,
     )
     def program(x):  # type: ignore[no-untyped-def]  # the builder reads its parameter names
-        return Builder.linear(x=x, weight=Builder.const(val=flat.numpy(), name="weight"))
+        return Builder.linear(x=x, weight=Builder.const(val=weight.numpy(), name="weight"))
 
-    return ct.convert(
+    model = ct.convert(
         program,
         minimum_deployment_target=ct.target.iOS18,
         compute_precision=ct.precision.FLOAT32,
         skip_model_load=True,
     )
+    return cto.palettize_weights(model, config)
 
 
 def _read_table(package: Package) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,7 +84,7 @@ def _read_table(package: Package) -> tuple[torch.Tensor, torch.Tensor]:
     found = []
     for name in ("indices", "lut"):
         (value,) = operation.inputs[name]
-        assert isinstance(value, BlobReference), f"{name} of a package this release cannot read"
-        found.append(package.tensor(value))
+        # Tables of fewer than 10 values stand in the model itself, not in its file of weights.
+        found.append(value.tensor() if isinstance(value, Literal) else package.tensor(value))
     indices, lut = found
     return indices.to(torch.uint8), lut.reshape(lut.shape[0], lut.shape[-2]).float()
