@@ -81,7 +81,8 @@ def test_there_is_no_way_round() -> None:
 def test_plugins_import_the_pipeline_for_types_only() -> None:
     tree = ast.parse((FRAMEWORK / "plugins.py").read_text())
     guarded = [
-        node for branch in ast.walk(tree)
+        node
+        for branch in ast.walk(tree)
         if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING"
         for node in ast.walk(branch)
     ]
@@ -126,16 +127,24 @@ def test_importing_a_package_imports_nothing_large(path: Path) -> None:
     for node in tree.body:
         assert not (
             isinstance(node, (ast.Import, ast.ImportFrom))
-            and ast.unparse(node).split()[1].split(".")[0] in ("torch", "coremltools", "odsora_compiler")
+            and ast.unparse(node).split()[1].split(".")[0]
+            in ("torch", "coremltools", "odsora_compiler")
         ), f"{path}: {ast.unparse(node)}"
 
 
 @pytest.mark.parametrize(
     "module",
-    ["odsora_compiler", "odsora_compiler.cli.compile", "odsora_compiler.cli.run", "odsora_compiler.plugins"],
+    [
+        "odsora_compiler",
+        "odsora_compiler.cli.compile",
+        "odsora_compiler.cli.run",
+        "odsora_compiler.plugins",
+    ],
 )
 def test_commands_start_without_torch(module: str) -> None:
-    script = f"import sys, {module}; print([m for m in ('torch', 'coremltools') if m in sys.modules])"
+    script = (
+        f"import sys, {module}; print([m for m in ('torch', 'coremltools') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
 

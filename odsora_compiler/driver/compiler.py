@@ -15,7 +15,7 @@ from odsora_compiler.ir.reference import evaluate_program
 from odsora_compiler.ir.verify import verify_program
 from odsora_compiler.lowering.bundle import write_bundle, write_examples
 from odsora_compiler.lowering.chunks import LoweringSettings
-from odsora_compiler.lowering.convert import Precision
+from odsora_compiler.lowering.interface import Precision
 from odsora_compiler.pipeline.instruments import program_flops
 from odsora_compiler.pipeline.manager import NUMERIC_LIMIT_FLOPS
 from odsora_compiler.runtime.bundle import Bundle

@@ -15,7 +15,7 @@ from odsora_compiler.frontend.capture import capture, capture_file
 from odsora_compiler.frontend.model_file import parse_options
 from odsora_compiler.ir.reference import evaluate_program
 
-MODEL = '''
+MODEL = """
 from __future__ import annotations
 from typing import TYPE_CHECKING
 import torch
@@ -37,7 +37,7 @@ class Scale(nn.Module):
 def build(by: float = 2.0, width: int = 4) -> odsora.ModelSpec:
     import odsora_compiler as odsora
     return odsora.ModelSpec(Scale(by), {"x": torch.ones(1, width)}, {"x": "b c"})
-'''
+"""
 
 Write = Callable[[str], Path]
 
@@ -66,7 +66,9 @@ def test_options_as_text_are_typed_by_the_signature(write: Write) -> None:
 def test_a_model_file_may_import_its_neighbours_even_late(write: Write, tmp_path: Path) -> None:
     (tmp_path / "neighbour_of_scale.py").write_text("BY = 7.0\n")
     before = list(sys.path)
-    late = MODEL.replace("return odsora.", "from neighbour_of_scale import BY as by\n    return odsora.")
+    late = MODEL.replace(
+        "return odsora.", "from neighbour_of_scale import BY as by\n    return odsora."
+    )
     program = capture(write(late))
     assert evaluate_program(program, program.examples)["output"].tolist() == [[7.0] * 4]
     assert sys.path == before
@@ -99,7 +101,10 @@ def test_a_file_that_is_not_python(tmp_path: Path) -> None:
         ("x = 1\nx.y\n", r"raised AttributeError: .* \(line 2\)"),
         ("def build(:\n", "raised SyntaxError: .*line 1"),
         ("raise SystemExit(0)\n", "raised SystemExit: 0"),
-        ("def build():\n    raise RuntimeError('no luck')\n", r"build\(\) raised .*no luck \(line 2\)"),
+        (
+            "def build():\n    raise RuntimeError('no luck')\n",
+            r"build\(\) raised .*no luck \(line 2\)",
+        ),
         ("def build():\n    exit(3)\n", r"build\(\) raised SystemExit: 3"),
         ("def build():\n    return 3\n", "returned int, not a ModelSpec"),
     ],
@@ -139,8 +144,8 @@ def typed(
     either: int | str = 1,
     choice: Literal["a", "b", 3] = "a",
     path: Path = Path(),
-    guessed=4,  # noqa: ANN001
-    unnamed=None,  # noqa: ANN001
+    guessed=4,
+    unnamed=None,
     unknown: NoSuchType = None,  # type: ignore[name-defined]  # noqa: F821
 ) -> None:
     """A build with an option of every type."""

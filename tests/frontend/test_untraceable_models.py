@@ -118,5 +118,5 @@ def test_operators_of_other_libraries_are_refused() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return twice(x)
 
-    with pytest.raises(CaptureError, match="odsora_test.twice.default is not an operator"):
+    with pytest.raises(CaptureError, match=r"odsora_test\.twice\.default is not an operator"):
         capture(ModelSpec(Uses(), {"x": torch.ones(2)}))

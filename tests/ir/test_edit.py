@@ -125,7 +125,10 @@ def test_replace_reaches_the_outputs(program: Program, editor: Editor) -> None:
     other = editor.call(aten.relu.default, node(editor, "getitem_1"))
     editor.replace(node(editor, "tanh"), other)
     assert editor.function.results["b"] is other
-    assert [str(spec) for spec in editor.function.outputs] == ["a: float32[2, 4]", "b: float32[2, 4]"]
+    assert [str(spec) for spec in editor.function.outputs] == [
+        "a: float32[2, 4]",
+        "b: float32[2, 4]",
+    ]
     assert editor.erase_dead() == 1
     verify_program(program)
 
@@ -152,7 +155,7 @@ def test_replace_compares_every_part_of_several_values(editor: Editor) -> None:
     narrow = editor.after(node(editor, "linear")).call(
         aten.split.Tensor, node(editor, "linear"), 2, 1
     )
-    with pytest.raises(PassError, match="'split_tensor.*' cannot replace 'split'"):
+    with pytest.raises(PassError, match=r"'split_tensor.*' cannot replace 'split'"):
         editor.replace(node(editor, "split"), narrow)
 
 

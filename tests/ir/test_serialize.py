@@ -205,7 +205,9 @@ def test_equal_programs_have_equal_fingerprints() -> None:
     program = small_program()
     assert fingerprint(program) == fingerprint(small_program()) == fingerprint(program.copy())
     copied = program.component("net").derive("other")
-    assert function_fingerprint(copied) == function_fingerprint(program.component("net").function("base"))
+    assert function_fingerprint(copied) == function_fingerprint(
+        program.component("net").function("base")
+    )
 
 
 # ------------------------------------------------------------------ printing
@@ -276,7 +278,9 @@ def linear(data: dict[str, Any]) -> dict[str, Any]:
         lambda d: linear(d).update(target=3),
     ],
 )
-def test_a_damaged_graph_is_refused(tmp_path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+def test_a_damaged_graph_is_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], Any]
+) -> None:
     folder = save_program(planned_program(), tmp_path / "p")
     edit_json(folder, change)
     with pytest.raises(PackageError):
@@ -309,7 +313,10 @@ def test_operators_that_are_not_pytorch_arithmetic_are_refused(tmp_path: Path, t
         (lambda f: (f / "program.json").write_text("[]"), "schema version None"),
         (lambda f: edit_json(f, lambda d: d.update(schema=2)), "schema version 2, this release"),
         (lambda f: (f / "examples.safetensors").unlink(), "no such file"),
-        (lambda f: (f / "weights/net/weights-00000.safetensors").write_bytes(b"1"), "not a complete"),
+        (
+            lambda f: (f / "weights/net/weights-00000.safetensors").write_bytes(b"1"),
+            "not a complete",
+        ),
         (lambda f: (f / "weights/net/weights-00000.safetensors").unlink(), "no .safetensors"),
         (lambda f: (f / "weights/net/encodings.json").unlink(), "damaged saved weights"),
         (lambda f: (f / "weights/net/encodings.json").write_text("{}"), "damaged"),

@@ -75,7 +75,7 @@ def test_types(tmp_path: Path, dtype: torch.dtype) -> None:
 
 def test_an_unknown_name_gets_the_nearest(tmp_path: Path) -> None:
     save_file({"block.weight": A}, tmp_path / "w.safetensors")
-    with pytest.raises(WeightsError, match="Did you mean 'block.weight'"):
+    with pytest.raises(WeightsError, match=r"Did you mean 'block\.weight'"):
         FileWeights(tmp_path / "w.safetensors").load("blok.weight")
 
 
@@ -83,10 +83,14 @@ def test_an_unknown_name_gets_the_nearest(tmp_path: Path) -> None:
 
 
 def sparse(path: Path, count: int, small: torch.Tensor) -> Path:
-    """A file of `count` weights of 4 GiB of zeros, which take no room on the disk, and a tiny one."""
+    """A file of `count` weights of 4 GiB of zeros, which take no disk, and a tiny one."""
     size = 4 << 30
     entries = {
-        f"large.{i}": {"dtype": "F32", "shape": [size // 4], "data_offsets": [i * size, (i + 1) * size]}
+        f"large.{i}": {
+            "dtype": "F32",
+            "shape": [size // 4],
+            "data_offsets": [i * size, (i + 1) * size],
+        }
         for i in range(count)
     }
     end = count * size
@@ -212,9 +216,15 @@ def test_pickled_weights_are_refused_with_the_way_to_convert(tmp_path: Path, end
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda f: (f / "model-00002-of-00002.safetensors").unlink(), "shards missing: model-00002"),
+        (
+            lambda f: (f / "model-00002-of-00002.safetensors").unlink(),
+            "shards missing: model-00002",
+        ),
         (lambda f: (f / "model.safetensors.index.json").write_text("{"), "not a safetensors index"),
-        (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "not a safetensors index"),
+        (
+            lambda f: (f / "model.safetensors.index.json").write_text("[]"),
+            "not a safetensors index",
+        ),
         (
             lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": 3}}'),
             "names no files",
@@ -240,7 +250,7 @@ def test_a_weight_in_two_files_is_refused(tmp_path: Path) -> None:
 
 
 def test_paths_without_weights(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="holds no .safetensors file"):
+    with pytest.raises(WeightsError, match=r"holds no \.safetensors file"):
         FileWeights(tmp_path)
     with pytest.raises(WeightsError, match="no such file or folder"):
         FileWeights(tmp_path / "none")
@@ -272,9 +282,7 @@ def test_any_of_several_tied_names_may_be_stored() -> None:
     names = ["first", "second", "third"]
     specs = dict.fromkeys(names, WeightSpec.of(A))
     for stored in names:
-        store = CastWeights(
-            TensorWeights({stored: A.half()}), specs, {name: names for name in names}
-        )
+        store = CastWeights(TensorWeights({stored: A.half()}), specs, dict.fromkeys(names, names))
         for name in names:
             assert torch.equal(store.load(name), A)
 

@@ -141,7 +141,7 @@ def with_our_names(specification: Any, function: Function) -> Any:
     """coremltools numbers the linear operations; we name them, like others, after their nodes."""
     stems = [name for name in Names.operators(function) if name.endswith("_linear")]
     text = text_format.MessageToString(specification)
-    text = re.sub(r"\blinear_(\d+)(?=_cast_fp16)", lambda found: stems[int(found[1])], text)
+    text = re.sub(r"\blinear_(\d+)(?=_cast_fp16|\b)", lambda found: stems[int(found[1])], text)
     return text_format.Parse(text, type(specification)())
 
 

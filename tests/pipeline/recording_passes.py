@@ -106,5 +106,3 @@ def make_pass(
 def registry(*passes: type[Pass]) -> Registry:
     """A registry of these passes alone."""
     return Registry({cls.name: Registered(cls, "tests") for cls in passes})
-
-

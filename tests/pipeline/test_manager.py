@@ -133,12 +133,14 @@ def test_facts_and_history_follow_the_passes() -> None:
 
 
 def test_a_fact_the_program_itself_refutes_is_not_established() -> None:
-    """A pass that declined everything: what requires its work is stopped, naming what is lacking."""
+    """After a pass that declined everything, what requires its work is stopped."""
     ran: list[str] = []
     maker = make_pass("maker", establishes={"function variant", "plan"})
     user = make_pass("user", requires={"function variant"}, ran=ran)
     program = net_program()
-    with pytest.raises(PassError, match="'user' requires function variant, which the passes before"):
+    with pytest.raises(
+        PassError, match="'user' requires function variant, which the passes before"
+    ):
         run(program, "maker,user", maker, user)
     assert ran == []
     assert program.facts == {"axis b", "axis c"}
@@ -276,8 +278,16 @@ def test_what_is_declared_is_allowed(exactness: Exactness, action: object) -> No
         (Exact(), swap_weights, "exact, but"),
         (Exact(), encode, "exact, but"),
         (Close(1e-5, 1e-6), scale(1.001), "close\\(rtol=1e-05, atol=1e-06\\), but output"),
-        (Lossy("relative", 0.1), scale(2.0), "lossy.*, but its relative loss is .*, declared at most 0.1"),
-        (Lossy("maximum", 0.1), scale(2.0), "lossy.*, but its maximum loss is .*, declared at most 0.1"),
+        (
+            Lossy("relative", 0.1),
+            scale(2.0),
+            "lossy.*, but its relative loss is .*, declared at most 0.1",
+        ),
+        (
+            Lossy("maximum", 0.1),
+            scale(2.0),
+            "lossy.*, but its maximum loss is .*, declared at most 0.1",
+        ),
         (Lossy(), not_a_number, ".*, but NaN or infinity in"),
         (Close(1e9, 1e9), not_a_number, ".*, but NaN or infinity in"),
     ],
@@ -403,7 +413,10 @@ def change_the_signature(program: Program, context: Context) -> None:
         (break_order, "pass 'p' left a broken program: .*before it has been defined"),
         (use_python, "pass 'p' left a broken program: .*cannot be saved"),
         (drop_the_output, "pass 'p' left a broken program"),
-        (change_the_signature, "pass 'p' changed the program's signature from .*output.* to .*other"),
+        (
+            change_the_signature,
+            "pass 'p' changed the program's signature from .*output.* to .*other",
+        ),
     ],
 )
 def test_a_pass_that_fails_is_named(action: object, message: str) -> None:
@@ -485,9 +498,7 @@ def test_timing_is_of_the_pass_alone() -> None:
 
     stream = io.StringIO()
     sleep = make_pass("sleep", lambda program, context: time.sleep(0.05))
-    reports = run(
-        net_program(), "sleep{level=2}", sleep, instruments=(Slow(), Timing(stream))
-    )
+    reports = run(net_program(), "sleep{level=2}", sleep, instruments=(Slow(), Timing(stream)))
     assert 0.05 <= reports[0].seconds < 0.3
     lines = stream.getvalue().splitlines()
     assert lines[0] == "pass timing (seconds)"
@@ -537,7 +548,11 @@ def test_analyses_are_kept_until_the_function_changes() -> None:
     def look(program: Program, context: Context) -> None:
         seen.append(context.analyses.of(count_nodes, base(program)))
 
-    classes = (make_pass("look", look), make_pass("double", scale(2.0)), make_pass("derive", derive))
+    classes = (
+        make_pass("look", look),
+        make_pass("double", scale(2.0)),
+        make_pass("derive", derive),
+    )
     run(net_program(), "look,look,derive,look,double,look,look", *classes)
     assert runs == ["base", "base"]
     assert seen == [seen[0]] * 3 + [seen[0] + 1] * 2

@@ -157,7 +157,7 @@ def test_what_the_pass_itself_refuses_is_a_usage_error() -> None:
 
 def test_an_option_without_a_default_must_be_given() -> None:
     assert construct(Needs, {"count": "4"}, "") == Needs(4)
-    with pytest.raises(UsageError, match="pass 'needs': .*'count'"):
+    with pytest.raises(UsageError, match=r"pass 'needs': .*'count'"):
         construct(Needs, {}, "")
 
 
@@ -204,7 +204,9 @@ def test_sizes_print_back(size: ByteSize) -> None:
     assert ByteSize.parse(print_value(size)) == size
 
 
-@given(st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.sets(st.sampled_from(Site)))
+@given(
+    st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.sets(st.sampled_from(Site))
+)
 def test_values_go_through_pipeline_text(rate: float, flag: bool, sites: set[Site]) -> None:
     instance = Typed(rate=rate, flag=flag, sites=tuple(sites))
     text = str(PassText("typed", tuple(print_options(instance).items())))

@@ -51,7 +51,9 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         (folder / f"{module}.py").write_text(textwrap.dedent(code))
         info = folder / f"{distribution.replace('-', '_')}-1.0.dist-info"
         info.mkdir(exist_ok=True)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n"
+        )
         with open(info / "entry_points.txt", "a") as file:
             file.write(f"[odsora.plugins]\n{module} = {module}\n")
 
@@ -92,14 +94,20 @@ def test_a_distribution_adds_its_pass(install: Install, told: list[str]) -> None
             PASS.format(name="bad") + "\n@hookimpl\ndef odsora_no_such_hook():\n    pass\n",
             "odsora_no_such_hook",
         ),
-        (PASS.format(name="bad").replace("odsora_passes()", "odsora_passes(x)"), "can not be found in the hookspec"),
+        (
+            PASS.format(name="bad").replace("odsora_passes()", "odsora_passes(x)"),
+            "can not be found in the hookspec",
+        ),
         (PASS.format(name="bad").replace("return [Made]", "return [Made, 1 / 0]"), "ZeroDivision"),
         (PASS.format(name="bad").replace("return [Made]", "return 3"), "TypeError"),
         (PASS.format(name="bad").replace("return [Made]", "raise SystemExit(1)"), "SystemExit"),
         (PASS.format(name="bad").replace("return [Made]", "return [Made()]"), "no pass class"),
         (PASS.format(name="bad").replace("return [Made]", "return [int]"), "no pass class"),
         (PASS.format(name="two words"), "no usable name: 'two words'"),
-        (PASS.format(name="bad").replace("    name: ClassVar", "    nom: ClassVar"), "no usable name"),
+        (
+            PASS.format(name="bad").replace("    name: ClassVar", "    nom: ClassVar"),
+            "no usable name",
+        ),
     ],
     ids=lambda value: None if "\n" in value else value,
 )
@@ -129,7 +137,9 @@ def test_two_distributions_with_one_pass_name(install: Install) -> None:
 
 def test_a_plugin_cannot_take_a_built_in_name(install: Install) -> None:
     install("zz-plugin", "zz_plugin", PASS.format(name="cidl"))
-    with pytest.raises(PluginError, match="'cidl' is registered by both odsora-compiler and zz-plugin"):
+    with pytest.raises(
+        PluginError, match="'cidl' is registered by both odsora-compiler and zz-plugin"
+    ):
         load_registry()
 
 

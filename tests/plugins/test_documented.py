@@ -27,9 +27,7 @@ def test_there_is_something_to_look_at() -> None:
 def test_a_hook_is_documented_and_tested(name: str) -> None:
     text = inspect.getdoc(getattr(Hooks, name)) or ""
     assert len(text.split()) > 20, f"hook {name} is not documented"
-    tests = [
-        path for path in Path(__file__).parent.glob("test_*.py") if path != Path(__file__)
-    ]
+    tests = [path for path in Path(__file__).parent.glob("test_*.py") if path != Path(__file__)]
     assert any(f"def {name}" in path.read_text() for path in tests), f"no test implements {name}"
 
 
@@ -53,7 +51,8 @@ def test_a_pass_has_a_test_file_that_runs_it(cls: type[Pass]) -> None:
     assert file.is_file(), f"{source.name} has no {file.relative_to(ROOT)}"
     assert cls.name in file.read_text()
     functions = [
-        node.name for node in ast.walk(ast.parse(file.read_text()))
+        node.name
+        for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
     ]
     assert functions, f"{file.name} tests nothing"
@@ -66,7 +65,9 @@ def test_every_built_in_pass_file_is_registered() -> None:
         name
         for name in modules
         if any(
-            inspect.isclass(item) and issubclass(item, Pass) and item.__module__.endswith(f".{name}")
+            inspect.isclass(item)
+            and issubclass(item, Pass)
+            and item.__module__.endswith(f".{name}")
             for item in vars(importlib.import_module(f"odsora_passes.{name}")).values()
         )
     }

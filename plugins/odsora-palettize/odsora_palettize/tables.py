@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from odsora_compiler.ir.weights import LookupTable
 from odsora_compiler.lowering.quiet import quiet_coremltools
-from odsora_compiler.mil.package import Literal, Package
+from odsora_compiler.mil.package import BlobReference, Literal, Package
 
 # From so many half-precision numbers on, coremltools finds the best table there is (k-means in one
 # dimension has an exact solution); below, or in single precision, it asks scikit-learn to guess.
@@ -28,18 +29,21 @@ def find_table(weight: torch.Tensor, bits: int, group: int | None) -> LookupTabl
     `group`: so many consecutive channels (dimension 0, a multiple of it) share a table; None: all.
     """
     flat = weight.reshape(weight.shape[0], -1)
-    # Half precision is for the search alone; scaled, so that no weight is too large or small for it.
+    # Half precision serves the search alone; scaled, so that no weight is too large for it.
     peak = float(flat.abs().max()) or 1.0
     # Every number repeated as often leaves the best table what it is.
     repeats = -(-_EXACT_FROM // ((group or flat.shape[0]) * flat.shape[1]))
     scaled = (flat / peak).half().repeat(1, repeats)
-    with quiet_coremltools() as ct, redirect_stderr(io.StringIO()):
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "one-layer.mlpackage"
-            _compressed_layer(ct, scaled, bits, group).save(str(path))
-            indices, table = _read_table(Package.open(path))
-            # Copied out of the file, which goes with the folder.
-            indices, table = indices[:, : flat.shape[1]].clone(), table * peak
+    with (
+        quiet_coremltools() as ct,
+        redirect_stderr(io.StringIO()),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        path = Path(folder) / "one-layer.mlpackage"
+        _compressed_layer(ct, scaled, bits, group).save(str(path))
+        indices, table = _read_table(Package.open(path))
+        # Copied out of the file, which goes with the folder.
+        indices, table = indices[:, : flat.shape[1]].clone(), table * peak
     return LookupTable(bits, indices.reshape(weight.shape), table, axis=0)
 
 
@@ -85,6 +89,7 @@ def _read_table(package: Package) -> tuple[torch.Tensor, torch.Tensor]:
     for name in ("indices", "lut"):
         (value,) = operation.inputs[name]
         # Tables of fewer than 10 values stand in the model itself, not in its file of weights.
+        assert isinstance(value, (Literal, BlobReference)), f"{name} is computed"
         found.append(value.tensor() if isinstance(value, Literal) else package.tensor(value))
     indices, lut = found
     return indices.to(torch.uint8), lut.reshape(lut.shape[0], lut.shape[-2]).float()

@@ -45,7 +45,9 @@ def program() -> Program:
 
 
 def run(program: Program, passes: str, told: list[str] | None = None) -> Program:
-    return run_passes(program, passes, tell=(told.append if told is not None else lambda text: None))
+    return run_passes(
+        program, passes, tell=(told.append if told is not None else lambda text: None)
+    )
 
 
 def encoded(component: Component) -> dict[str, LookupTable]:
@@ -79,7 +81,8 @@ def test_what_was_compressed_is_left_alone(program: Program) -> None:
 def test_components_are_chosen_by_name(program: Program) -> None:
     two = program.copy()
     two.components["other"] = Component(
-        "other", {"base": program.component("model").function("base").copy()},
+        "other",
+        {"base": program.component("model").function("base").copy()},
         program.component("model").weights,
     )
     result = run(two, "palettize{bits=8 components=other},palettize{bits=2 components=model}")
@@ -134,7 +137,9 @@ def test_tables_have_their_size_and_fit(bits: int, shape: tuple[int, ...]) -> No
 
 def test_more_bits_lose_less(program: Program) -> None:
     weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(1))
-    errors = [relative(find_table(weight, bits, None).decode(), weight) for bits in (1, 2, 3, 4, 6, 8)]
+    errors = [
+        relative(find_table(weight, bits, None).decode(), weight) for bits in (1, 2, 3, 4, 6, 8)
+    ]
     assert errors == sorted(errors, reverse=True)
     # A normal distribution and 16 levels: Lloyd and Max, 1960: 0.00950 of the variance is lost.
     assert errors[3] == pytest.approx(0.0095**0.5, rel=0.05)
@@ -151,7 +156,9 @@ def test_channels_in_a_group_share_a_table(group: int) -> None:
         rows = slice(start, start + group)
         alone = find_table(weight[rows], 3, None).decode()
         torch.testing.assert_close(table.decode()[rows], alone, rtol=2e-3, atol=2e-3 * 10**3)
-    assert relative(table.decode(), weight) <= relative(find_table(weight, 3, None).decode(), weight)
+    assert relative(table.decode(), weight) <= relative(
+        find_table(weight, 3, None).decode(), weight
+    )
 
 
 def test_grouping_that_does_not_divide_is_said(program: Program) -> None:
@@ -184,7 +191,9 @@ def test_the_same_weight_has_the_same_table() -> None:
     assert torch.equal(first.table, second.table)
 
 
-@pytest.mark.parametrize(("bits", "group"), [(1, None), (2, 8), (3, None), (4, 2), (6, None), (8, 4)])
+@pytest.mark.parametrize(
+    ("bits", "group"), [(1, None), (2, 8), (3, None), (4, 2), (6, None), (8, 4)]
+)
 def test_a_table_decodes_as_coremltools_decodes_it(bits: int, group: int | None) -> None:
     import coremltools as ct
     import coremltools.optimize.coreml as cto
@@ -204,8 +213,10 @@ def test_a_table_decodes_as_coremltools_decodes_it(bits: int, group: int | None)
         return Builder.linear(x=x, weight=dense)
 
     model = ct.convert(
-        layer, minimum_deployment_target=ct.target.iOS18,
-        compute_precision=ct.precision.FLOAT32, skip_model_load=True,
+        layer,
+        minimum_deployment_target=ct.target.iOS18,
+        compute_precision=ct.precision.FLOAT32,
+        skip_model_load=True,
     )
     decompressed = cto.decompress_weights(model)
     (operation,) = decompressed._mil_program.functions["main"].find_ops(op_type="linear")
@@ -222,7 +233,9 @@ def test_the_loss_of_weights_and_outputs_is_reported(program: Program) -> None:
     names = encoded(result.component("model"))
     lost = torch.cat([(weights.load(n) - before.load(n)).flatten() for n in names]).norm()
     size = torch.cat([before.load(n).flatten() for n in names]).norm()
-    expected = f"palettize: model: 2 weights to 4 bits, relative error of the weights {lost / size:.2e}"
+    expected = (
+        f"palettize: model: 2 weights to 4 bits, relative error of the weights {lost / size:.2e}"
+    )
     assert expected in told
     after, original = (evaluate_program(p, p.examples)["output"] for p in (result, program))
     drift = f"palettize{{bits=4}}: relative {relative(after, original):.2e}"
@@ -232,7 +245,9 @@ def test_the_loss_of_weights_and_outputs_is_reported(program: Program) -> None:
 
 def test_a_budget_is_enforced(program: Program) -> None:
     run(program, "palettize{bits=8 loss=0.01}")
-    with pytest.raises(PassError, match="pass 'palettize' is declared lossy.*, but its relative loss"):
+    with pytest.raises(
+        PassError, match=r"pass 'palettize' is declared lossy.*, but its relative loss"
+    ):
         run(program, "palettize{bits=1 loss=0.01}")
 
 
