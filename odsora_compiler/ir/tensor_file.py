@@ -81,7 +81,7 @@ def map_tensor(file: Path, place: TensorPlace) -> torch.Tensor:
             # operands are aligned, which would otherwise be another way in each run.
             flat = torch.empty(place.size, dtype=torch.uint8)
             opened.seek(place.start)
-            if opened.readinto(memoryview(flat.numpy())) != place.size:
+            if opened.readinto(flat.numpy().data) != place.size:
                 raise ValueError("the file ends before it")
         else:
             length = inside + place.size

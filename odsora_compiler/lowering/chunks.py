@@ -10,7 +10,8 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -107,24 +108,50 @@ def lower_chunks(
     jobs = _jobs(chunks, weights, settings)
     occurrences = Counter(job.key for job in jobs.values())
     lowering = _Lowering(folder, settings, occurrences)
-    reports = []
-    for chunk in chunks:
-        path = folder / f"{chunk.name}.mlpackage"
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".lower-") as scratch:
-            made = {
-                name: lowering.function(jobs[chunk.name, name], Path(scratch) / name)
-                for name in chunk.functions
-            }
-            parts = [result.part for result in made.values()]
-            size = write_package(path, parts, default=parts[0].name)
-        seconds = time.perf_counter() - start
-        dense = sorted({name for result in made.values() for name in result.dense})
-        functions = {name: result.report for name, result in made.items()}
-        report = PackageReport(chunk.name, path, size, seconds, functions, tuple(dense))
-        reports.append(report)
-        progress(_line(report))
-        start = time.perf_counter()
+    reports: list[PackageReport] = []
+
+    def finish(pending: Future[PackageReport]) -> None:
+        reports.append(pending.result())
+        progress(_line(reports[-1]))
+
+    # Converting is Python's work, casting and writing weights is not: the two overlap. One package
+    # is written while the next is converted, so that no more than that is held.
+    with ThreadPoolExecutor(1, "write") as writer:
+        pending: Future[PackageReport] | None = None
+        for chunk in chunks:
+            scratch = tempfile.TemporaryDirectory(dir=folder, prefix=".lower-")
+            try:
+                made = {
+                    name: lowering.function(jobs[chunk.name, name], Path(scratch.name) / name)
+                    for name in chunk.functions
+                }
+                if pending is not None:
+                    finish(pending)
+            except BaseException:
+                scratch.cleanup()
+                raise
+            path = folder / f"{chunk.name}.mlpackage"
+            pending = writer.submit(_write, path, made, scratch, start)
+            start = time.perf_counter()
+        if pending is not None:
+            finish(pending)
     return reports
+
+
+def _write(
+    path: Path,
+    made: Mapping[str, _Made],
+    scratch: tempfile.TemporaryDirectory[str],
+    start: float,
+) -> PackageReport:
+    """Link the functions into the package; `scratch` holds full conversions until then."""
+    with scratch:
+        parts = [result.part for result in made.values()]
+        size = write_package(path, parts, default=parts[0].name)
+    dense = sorted({name for result in made.values() for name in result.dense})
+    functions = {name: result.report for name, result in made.items()}
+    seconds = time.perf_counter() - start
+    return PackageReport(path.stem, path, size, seconds, functions, tuple(dense))
 
 
 @dataclass(frozen=True)
@@ -186,6 +213,7 @@ class _Lowering:
         self._folder = folder
         self._precision = settings.precision
         self._occurrences = occurrences
+        self._in_range: set[str] = set()
         self._templates: dict[str, tuple[Template | None, str, str]] = {}
 
     def function(self, job: _Job, scratch: Path) -> _Made:
@@ -217,7 +245,7 @@ class _Lowering:
         return self._templates[job.key]
 
     def _from_template(self, job: _Job, template: Template, title: str) -> _Made:
-        part = template.part(job.name, job.function, job.weights)
+        part = template.part(job.name, job.function, job.weights, self._in_range)
         whole = template.whole_weights(job.function)
         part, done = compress(part, whole, job.weights)
         return _Made(part, self._report(job, title, ""), set(job.compressed) - done)

@@ -28,7 +28,12 @@ class LegalWeights(LayeredWeights):
     def __init__(self, folded: FoldedWeights, weights: WeightStore) -> None:
         super().__init__(folded, weights)
         self._folded = folded
+        self._folded_names = frozenset(folded.names())
         self._constants = frozenset(name for name in folded.names() if not folded.sources(name))
+
+    def is_folded(self, name: str) -> bool:
+        """Whether the weight is a constant that was computed here."""
+        return name in self._folded_names
 
     def is_literal(self, name: str) -> bool:
         """Whether the weight is a folded constant that depends on no parameter."""

@@ -1,9 +1,10 @@
 """Converting one of several functions of equal structure, and writing the others' weights into it.
 
-A template is made by converting twice with random weights. Constants of both conversions that equal
-the same weight in the same way are that weight; constants that are equal in both belong to the
-template; anything else depends on the weights in a way that is not understood, and there is no
-template. Real weights would not do: coremltools folds and merges special values such as ones.
+A template is made by converting with random weights. A constant that equals a weight is that
+weight; one that equals a literal of the function belongs to the template. Where there are others, a
+second conversion with other weights tells: those that stayed the same belong to the template, and
+those that changed depend on the weights in a way that is not understood, so there is no template.
+Real weights would not do: coremltools folds and merges special values such as ones.
 """
 
 from __future__ import annotations
@@ -105,19 +106,22 @@ class Template:
     specification: bytes
     blobs: Mapping[int, _Constant | _Weight]
 
-    def part(self, name: str, function: Function, weights: LegalWeights) -> Part:
+    def part(
+        self, name: str, function: Function, weights: LegalWeights, in_range: set[str]
+    ) -> Part:
         """The function `name` of a package, with the names and weights of `function`.
 
-        Raises `NoTemplateError` where a weight does not fit half precision.
+        `in_range`: weights known to fit half precision; those found to are added. Raises
+        `NoTemplateError` where a weight does not fit.
         """
         from coremltools.proto import Model_pb2
 
         specification = Model_pb2.Model.FromString(self.specification)
         names = function.weight_names()
-        _check_ranges(
-            weights,
-            {names[blob.index] for blob in self._weights() if blob.dtype is BlobType.FLOAT16},
-        )
+        halves = {names[blob.index] for blob in self._weights() if blob.dtype is BlobType.FLOAT16}
+        _check_ranges(weights, halves - in_range)
+        # Folded constants are a function's own; the others are the same in the next function.
+        in_range.update(name for name in halves if not weights.is_folded(name))
         Names(function).restore(specification)
         blobs: dict[int, Blob] = {}
         for offset, blob in self.blobs.items():
@@ -169,6 +173,8 @@ def make_template(
             specification = converted.specification.SerializeToString(deterministic=True)
             if template is None:
                 template = Template(specification, _matched(converted, probes))
+                if _only_literals(template, function, weights):
+                    return template
             elif specification != template.specification:
                 raise NoTemplateError("the specification depends on the values of the weights")
             else:
@@ -238,6 +244,22 @@ def _matched(converted: Conversion, probes: _ProbeWeights) -> dict[int, _Constan
             entry.dtype, bytes(file.raw(offset))
         )
     return blobs
+
+
+def _only_literals(template: Template, function: Function, weights: LegalWeights) -> bool:
+    """Whether every constant of the template is one of the function, weights aside."""
+    literals = set()
+    for name in function.weight_names():
+        if not is_free(weights, name):
+            tensor = weights.load(name)
+            literals.add(bytes(_bytes_of(tensor)))
+            if tensor.is_floating_point():
+                literals |= {bytes(_bytes_of(rounded(tensor))), bytes(_bytes_of(tensor.float()))}
+            else:
+                literals.add(bytes(_bytes_of(tensor.to(torch.int32))))
+    return all(
+        blob.data in literals for blob in template.blobs.values() if isinstance(blob, _Constant)
+    )
 
 
 def _find(
