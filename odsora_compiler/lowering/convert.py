@@ -7,7 +7,9 @@ of the weights, a model object) takes most of its time; the result is the same t
 
 from __future__ import annotations
 
+import errno
 import gc
+import shutil
 from collections import deque
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -76,6 +78,10 @@ def convert(
         except OdsoraError:
             raise
         except Exception as error:
+            if "writing data" in str(error):
+                # coremltools does not say why it could not write; a full disk says it itself.
+                full = shutil.disk_usage(folder).free < _NEARLY_FULL
+                raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
             raise _failure(function, current, error) from error
         finally:
             coremltools.converters.mil.converter._reset_conversion_state()
@@ -147,6 +153,8 @@ def _without_compression() -> Iterator[None]:
     with mock.patch.object(Block, "_propagate_nonreplaceable_vars", lambda block: None):
         yield
 
+
+_NEARLY_FULL = 1 << 20
 
 _HALF_PASSES = {"common::add_fp16_cast", "common::add_int16_cast"}
 

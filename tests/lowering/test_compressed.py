@@ -85,7 +85,7 @@ def test_operation_is_the_one_coremltools_makes(encoded: Any, lowered: Any, tmp_
         ours = _specification(report.path)
         model = _single(ct, _specification(dense.path), dense.path)
         config = optimize.OptimizationConfig(
-            global_config=optimize.OpPalettizerConfig(nbits=4, weight_threshold=100)
+            global_config=optimize.OpPalettizerConfig(mode="uniform", nbits=4, weight_threshold=100)
         )
         theirs = optimize.palettize_weights(model, config).get_spec()
     (mine,) = _tables(ours.mlProgram.functions["base"])

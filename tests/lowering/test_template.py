@@ -88,7 +88,7 @@ def test_template_gives_the_bytes_of_coremltools_own_conversion(
     for seed in (1, 2):
         function, weights = legal(seed)
         ours = package_bytes(
-            tmp_path / f"ours{seed}.mlpackage", template.part("base", function, weights)
+            tmp_path / f"ours{seed}.mlpackage", template.part("base", function, weights, set())
         )
         with quiet_coremltools() as ct:
             half = precision == "fp16"
@@ -189,7 +189,7 @@ def test_how_a_weight_stands_in_the_package_is_found(
     random = torch.Generator().manual_seed(1)
     function, weights = one_weight(captured, body, torch.randn(shape, generator=random))
     template = make_template(function, weights, tmp_path, "fp16")
-    part = template.part("base", function, weights)
+    part = template.part("base", function, weights, set())
     converted = convert(function, weights, tmp_path / "full", "fp16")
     Names(function).restore(converted.specification)
     full = Part.of_file("base", converted.specification, converted.weights)
@@ -228,7 +228,7 @@ def test_values_beyond_half_precision_need_a_full_conversion(captured: Any, tmp_
     weight[2, 3] = 70000.0
     function, weights = one_weight(captured, lambda x, w: F.linear(x, w), weight)
     with pytest.raises(NoTemplateError, match="weight 'w' has values beyond"):
-        template.part("base", function, weights)
+        template.part("base", function, weights, set())
 
 
 @pytest.mark.parametrize("elements", [399, 400])
@@ -242,6 +242,6 @@ def test_tiny_values_are_rounded_as_coremltools_rounds_them(
     template = make_template(function, weights, tmp_path, "fp16")
     converted = convert(function, weights, tmp_path / "full", "fp16")
     full = Part.of_file("base", converted.specification, converted.weights)
-    ours = package_bytes(tmp_path / "a.mlpackage", template.part("base", function, weights))
+    ours = package_bytes(tmp_path / "a.mlpackage", template.part("base", function, weights, set()))
     assert ours[1] == package_bytes(tmp_path / "b.mlpackage", full)[1]
     assert (rounded(weight)[0] == 0) == (elements >= 400)
