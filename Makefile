@@ -7,7 +7,7 @@ READY := .venv/ready
 
 demo: $(READY)
 	mkdir -p out
-	$(BIN)/odsora-compile examples/open_sora/stdit3.py --passes 'tdtm,cidl{budget=8MB}' \
+	$(BIN)/odsora-compile examples/open_sora/stdit3.py --passes tdtm,cidl \
 	    -o out/stdit3.odsora --force
 	$(BIN)/odsora-run out/stdit3.odsora --example -o out/v.safetensors --force
 

@@ -245,35 +245,32 @@ def _print_result(out: Path, accepted: AcceptanceReport | None) -> None:
 
     manifest = Bundle(out).manifest
     for name, component in manifest.components.items():
-        rows = []
-        for package in component.packages.values():
-            stem = Path(package.path).stem
-            drifts = {
-                function: str(drift)
-                for (chunk, function), drift in (accepted.chunks if accepted else {}).items()
-                if chunk == stem
-            }
-            checked = "; ".join(f"{function}: {text}" for function, text in drifts.items())
-            if accepted is not None and not checked:
-                checked = "weights read back; structure checked above"
-            rows.append(
-                [
-                    stem,
-                    ", ".join(package.functions),
-                    size_text(package.weight_bytes),
-                    package.conversion,
-                    checked or "not executed",
-                ]
-            )
-        print_table(
-            f"{name} ({manifest.precision}, {manifest.target})",
-            ["chunk", "functions", "weights ", "conversion", "against PyTorch"],
-            rows,
-        )
+        functions = list(component.functions)
+        rows = [
+            [
+                package,
+                size_text(entry.weight_bytes),
+                entry.conversion,
+                *(_chunk_drift(accepted, package, function) for function in functions),
+            ]
+            for package, entry in component.packages.items()
+        ]
+        title = f"{name} ({manifest.precision}, {manifest.target}); against PyTorch: largest error "
+        title += "over largest value, cosine"
+        print_table(title, ["chunk", "weights ", "conversion", *functions], rows)
         for function, drift in (accepted.functions if accepted else {}).items():
             print(f"whole {function} against PyTorch: {drift}")
     total = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"wrote {out} ({size_text(total)})")
+
+
+def _chunk_drift(accepted: AcceptanceReport | None, package: str, function: str) -> str:
+    if accepted is None:
+        return "not executed"
+    drift = accepted.chunks.get((package, function))
+    if drift is None:
+        return "weights read back"
+    return "bit-equal" if drift.bit_equal else f"{drift.maximum:.1e}, {drift.cosine:.6f}"
 
 
 def main() -> None:

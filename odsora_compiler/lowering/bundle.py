@@ -84,7 +84,10 @@ def write_examples(
     """Put example inputs, and the outputs PyTorch gave on them, into the bundle."""
     tensors = {f"in.{name}": value for name, value in inputs.items()}
     tensors |= {f"out.{name}": value for name, value in outputs.items()}
-    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / EXAMPLES_NAME)
+    # Copied, because two inputs may be one tensor, which the format does not hold.
+    copies = {name: value.contiguous().clone() for name, value in tensors.items()}
+    save_file(copies, folder / EXAMPLES_NAME)
+    (folder / EXAMPLES_NAME).chmod(0o644)
 
 
 def _lower_component(
@@ -163,11 +166,17 @@ def _structure(report: PackageReport) -> str:
 
 
 def _conversion(report: PackageReport) -> str:
-    """In words: what each function was converted from."""
-    texts = []
+    """In words: what the functions were converted from."""
+    texts: dict[str, str] = {}
     for name, item in report.functions.items():
-        texts.append(f"{name}: {'like ' + item.template if item.template else item.reason}")
-    return "; ".join(texts)
+        source = item.template.partition("/")[0]
+        if not source:
+            texts[name] = f"own: {item.reason}"
+        else:
+            texts[name] = "first of its kind" if source == report.name else f"like {source}"
+    if len(set(texts.values())) == 1:
+        return next(iter(texts.values()))
+    return "; ".join(f"{name} {text}" for name, text in texts.items())
 
 
 def _feature(spec: TensorSpec) -> Feature:
