@@ -228,7 +228,9 @@ class _Sample:
     @classmethod
     def of(cls, tensor: torch.Tensor) -> _Sample:
         flat = tensor.reshape(-1)
-        places = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel())).round().long()
+        count = min(_SAMPLES, flat.numel())
+        # In float64: float32 cannot tell the last places of a large tensor apart.
+        places = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long()
         return cls(tuple(tensor.shape), flat[places].float(), float(flat.abs().max()))
 
 

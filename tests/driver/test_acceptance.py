@@ -1,6 +1,7 @@
 """What was lowered wrongly is found on the machine that lowered it, and named."""
 
 import struct
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,6 +128,18 @@ def test_where_the_whole_is_too_expensive_each_structure_runs_once(tmp_path: Pat
     )
     assert [name for name, _ in report.chunks] == ["model-00"]
     assert report.weights_read_back == 3 * 6 and not report.functions
+
+
+def test_values_of_many_elements_are_sampled_up_to_the_last() -> None:
+    class Wide(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.expand(1080, 18432).relu().sum()
+
+    # 19,906,560 elements: the last place is not a number of float32.
+    program = odsora.capture(odsora.ModelSpec(Wide(), {"x": torch.ones(1, 1)}))
+    with tempfile.TemporaryDirectory() as folder:
+        report = lowered_and_accepted(program, Path(folder) / "b", LoweringSettings("fp32"))
+    assert report.functions["model.base"].maximum < 1e-5
 
 
 class Overflow(nn.Module):
