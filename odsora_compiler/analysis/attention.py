@@ -58,9 +58,13 @@ class UnusableSite:
 def attention_sites(
     function: Function, axes: AxisAnalysis, time: str = "t"
 ) -> list[AttentionSite | UnusableSite]:
-    """All attention sites of `function`, in graph order, `time` naming the time axis."""
+    """All attention sites of `function`, in graph order, `time` naming the time axis.
+
+    Attention written out as two matrix products around a softmax is told of, as unusable.
+    """
     search = _Search(function, axes, time)
-    return [search.site(*group) for group in search.groups()]
+    whole = [search.site(*group) for group in search.groups()]
+    return sorted([*whole, *_written_out(function)], key=lambda site: site.attentions[0])
 
 
 class _Search:
@@ -195,6 +199,33 @@ class _Search:
         while self.leader[node] is not node:
             node = self.leader[node]
         return node
+
+
+def _written_out(function: Function) -> Iterator[UnusableSite]:
+    """Softmaxes of one matrix product that go into another."""
+    behind: set[fx.Node] = set()  # computed from a product, by operators that are none themselves
+    weights: dict[fx.Node, fx.Node] = {}  # computed from such a softmax → the softmax
+    for node in function.operators():
+        name, used_nodes = operator_name(node), node.all_input_nodes
+        if name in _PRODUCTS:
+            behind.add(node)
+            for softmax in {weights[used] for used in used_nodes if used in weights}:
+                reason = "it is written out as matrix products and a softmax"
+                yield UnusableSite(
+                    (softmax,), f"{reason}; write scaled_dot_product_attention to have it merged"
+                )
+        elif name in ("linear", "scaled_dot_product_attention"):
+            continue
+        elif name in ("softmax", "_softmax"):
+            if any(used in behind for used in used_nodes):
+                weights[node] = node
+        else:
+            if any(used in behind for used in used_nodes):
+                behind.add(node)
+            weights.update((node, weights[used]) for used in used_nodes if used in weights)
+
+
+_PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum"}
 
 
 def _names(product: Product) -> set[str]:

@@ -84,10 +84,15 @@ class WeightStore(Protocol):
 
 
 class TensorWeights:
-    """Weights that are tensors in memory: a module's own, or constants that a pass made."""
+    """Weights that are tensors in memory: a module's own, or constants that a pass made.
+
+    One that was written to since the store was made is refused: programs share their weights, and
+    nobody would notice that the numbers changed.
+    """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        self._writes = {name: _writes(tensor) for name, tensor in self._tensors.items()}
 
     def names(self) -> Iterable[str]:
         return self._tensors
@@ -98,6 +103,12 @@ class TensorWeights:
     def load(self, name: str) -> torch.Tensor:
         if name not in self._tensors:
             raise WeightsError(f"there is no weight '{name}'", nearest(name, self._tensors))
+        if _writes(self._tensors[name]) != self._writes[name]:
+            raise WeightsError(
+                f"weight '{name}' was written to in place",
+                "Put another store into the component: LayeredWeights(TensorWeights(changed), "
+                "component.weights).",
+            )
         return self._tensors[name]
 
     def encoding(self, name: str) -> LookupTable | None:
@@ -285,6 +296,11 @@ class CastWeights:
             if missing and extra:
                 hint = nearest(missing[0], extra) + " " + hint
             raise WeightsError(f"{origin} does not fit the model: " + "; ".join(problems), hint)
+
+
+def _writes(tensor: torch.Tensor) -> int:
+    """How often the tensor was written to; not counted for tensors of `torch.inference_mode`."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _shards(path: Path) -> list[Path]:

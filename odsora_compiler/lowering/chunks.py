@@ -69,13 +69,15 @@ class FunctionReport:
     `template`: the conversion it shares with functions of equal structure ("" where it was
     converted in full, for the `reason` given). `operators`: the stem of an operation's name in the
     package (`op12_linear`) → the node it comes from; one that makes an output bears the output's
-    name.
+    name. `legal`: the legalized function, whose weights are `weights`.
     """
 
     interface: Interface
     template: str
     reason: str
     operators: dict[str, str]
+    legal: Function
+    weights: LegalWeights
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,7 @@ class _Lowering:
     def _report(self, job: _Job, template: str, reason: str) -> FunctionReport:
         interface = interface_of(job.function, self._precision, job.half_io)
         operators = Names.operators(job.function)
-        return FunctionReport(interface, template, reason, operators)
+        return FunctionReport(interface, template, reason, operators, job.function, job.weights)
 
 
 def _line(report: PackageReport) -> str:

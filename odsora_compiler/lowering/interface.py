@@ -66,11 +66,16 @@ class Names:
     """
 
     def __init__(self, function: Function) -> None:
+        self._weights = function.weight_names()
         self._names = {
             "in": [spec.name for spec in function.inputs],
             "out": [spec.name for spec in function.outputs],
-            "w": _distinct(re.sub(r"\W", "_", name) for name in function.weight_names()),
+            "w": _distinct(re.sub(r"\W", "_", name) for name in self._weights),
         }
+
+    def weights(self) -> dict[str, str]:
+        """The name of a constant in the package → the weight it is."""
+        return dict(zip(self._names["w"], self._weights, strict=True))
 
     @staticmethod
     def made_up(kind: Literal["in", "out", "w"], index: int) -> str:

@@ -308,3 +308,23 @@ def test_encoded_weights_load_what_their_table_gives() -> None:
     assert torch.equal(store.load("b"), B)
     twice = EncodedWeights(store, {})
     assert twice.encoding("a") is table
+
+
+# ------------------------------------------------------------------ writing
+
+
+def test_a_weight_that_was_written_to_is_refused() -> None:
+    mine = {"a": A.clone(), "b": B.clone()}
+    store = LayeredWeights(TensorWeights(mine))
+    assert torch.equal(store.load("a"), A)
+
+    store.load("a").mul_(2)
+    with pytest.raises(WeightsError, match="weight 'a' was written to in place"):
+        store.load("a")
+    assert torch.equal(store.load("b"), B)
+
+
+def test_weights_made_in_inference_mode_are_weights() -> None:
+    with torch.inference_mode():
+        store = TensorWeights({"a": A * 1})
+    assert torch.equal(store.load("a"), A)

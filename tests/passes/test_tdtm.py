@@ -363,9 +363,33 @@ def windows(block: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
     return block.proj(models.joined(y))
 
 
+def written_out(block: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+    weights = (q @ k.transpose(-1, -2) / 2).masked_fill(torch.eye(3) > 0, -1e4).softmax(dim=-1)
+    return block.proj(models.joined(F.dropout(weights, training=False) @ v))
+
+
+def written_as_einsum(block: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+    weights = torch.einsum("bthqd,bthkd->bthqk", q, k).float().softmax(dim=-1)
+    return block.proj(models.joined(torch.einsum("bthqk,bthkd->bthqd", weights, v)))
+
+
+def with_weights(block: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+    """PyTorch's own attention layer when its weights are asked for."""
+    frames = x.flatten(0, 1)
+    attention = F.multi_head_attention_forward(
+        *(frames.transpose(0, 1),) * 3, *(models.WIDTH, models.HEADS),
+        *(block.qkv.weight, block.qkv.bias), None, None, False, 0.0,
+        *(block.proj.weight, block.proj.bias), training=False,
+    )  # fmt: skip
+    return attention[0].transpose(0, 1).unflatten(0, x.shape[:2])
+
+
 @pytest.mark.parametrize(
     ("attend", "axes", "reason"),
     [
+        (written_out, "b t s c", "it is written out as matrix products and a softmax"),
+        (written_as_einsum, "b t s c", "it is written out as matrix products and a softmax"),
+        (with_weights, "b t s c", "it is written out as matrix products and a softmax"),
         (plain, "b _ s c", "no input names the axis 't'"),
         (plain, "b (t u) s c", "the sizes of (t u), 4 in all, are not given by other inputs"),
         (in_channels, "b t s c", "axis 't' lies in the channels of its queries"),
@@ -388,6 +412,15 @@ def test_one_frame_is_nothing_to_merge() -> None:
     (declined,) = run(program).declined
     assert "one frame" in declined.reason
     assert list(program.component("model").functions) == ["base"]
+
+
+def test_a_product_without_a_softmax_is_no_attention() -> None:
+    def linear_attention(block: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        return block.proj(models.joined(q.softmax(dim=-1) @ (k.softmax(dim=-2).mT @ v)))
+
+    _, _, program = one_block(linear_attention)
+    (declined,) = run(program).declined
+    assert declined.reason == "it has no attention"
 
 
 def test_a_refused_site_does_not_keep_others_from_being_merged() -> None:

@@ -11,6 +11,7 @@ from typing import ClassVar
 import pytest
 import torch
 from recording_passes import (
+    Net,
     aten,
     base,
     do_nothing,
@@ -22,6 +23,8 @@ from recording_passes import (
 )
 
 from odsora_compiler.errors import OdsoraError, PassError, UsageError, VerificationError
+from odsora_compiler.frontend.capture import capture
+from odsora_compiler.frontend.spec import ModelSpec
 from odsora_compiler.ir.edit import Editor
 from odsora_compiler.ir.function import Function
 from odsora_compiler.ir.inference import fake_tensor
@@ -422,6 +425,16 @@ def change_the_signature(program: Program, context: Context) -> None:
 def test_a_pass_that_fails_is_named(action: object, message: str) -> None:
     with pytest.raises(PassError, match=f"(?s){message}"):
         run(net_program(), "p", make_pass("p", action))  # type: ignore[arg-type]
+
+
+def test_a_pass_that_writes_to_weights_is_refused() -> None:
+    def write(program: Program, context: Context) -> None:
+        program.component("model").weights.load("first.weight").mul_(2)
+
+    # A program of its own: copies share their weights.
+    program = capture(ModelSpec(Net(), {"x": torch.ones(3, 4)}))
+    with pytest.raises(PassError, match="'p' left a broken program(?s:.*)'first.weight' was writ"):
+        run(program, "p", make_pass("p", write))
 
 
 def test_what_a_pass_says_itself_is_kept() -> None:
