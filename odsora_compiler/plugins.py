@@ -7,6 +7,7 @@ built-in passes; a comma-separated list of entry point names loads those only.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import sys
@@ -164,6 +165,10 @@ def _checked(item: Any) -> type[Pass]:
         raise TypeError(f"odsora_passes returned {item!r}, which is no pass class")
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][\w-]*", name):
         raise TypeError(f"pass class {item.__name__} has no usable name: {name!r}")
+    waiting = any(isinstance(value, dataclasses.Field) for value in vars(item).values())
+    settings = getattr(item, "__dataclass_params__", None)
+    if waiting or (settings is not None and not settings.frozen):
+        raise TypeError(f"pass class {item.__name__} has options, but no @dataclass(frozen=True)")
     checked: type[Pass] = item
     return checked
 

@@ -104,7 +104,7 @@ def _summary(name: str, plan: Plan) -> str:
     largest = max(chunk.weight_bytes for chunk in plan.chunks)
     crossing = max((max(chunk.crossing_bytes.values()) for chunk in plan.chunks), default=0)
     return (
-        f"{name}: {len(plan.chunks)} chunks of at most {_text(largest)} of weights "
+        f"{name}: {_count(len(plan.chunks), 'chunk')} of at most {_text(largest)} of weights "
         f"(budget {_text(plan.budget)}), at most {_text(crossing)} cross a cut"
     )
 
@@ -121,7 +121,7 @@ def _reason(points: CutPoints, span: Span, budget: int) -> str:
     parts[0] += f" ({_text(sum(value.bytes for value in own))})"
     if passing:
         total = _text(sum(value.bytes for value in passing))
-        parts.append(f"{len(passing)} earlier values pass by ({total})")
+        parts.append(f"{_count(len(passing), 'earlier value')} passing by ({total})")
     parts.append(_why_not_later(points, span, budget))
     return "; ".join(parts)
 
@@ -157,6 +157,10 @@ def _listing(nodes: list[fx.Node]) -> str:
     names = [node.name for node in nodes[:3]]
     more = [f"{len(nodes) - 3} more"] if len(nodes) > 3 else []
     return ", ".join([*names, *more]) or "nothing"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _text(size: int) -> str:

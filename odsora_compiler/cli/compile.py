@@ -141,7 +141,7 @@ def _compile(
         check_output(out, force)
 
     from odsora_compiler.driver.compiler import lower
-    from odsora_compiler.errors import UsageError
+    from odsora_compiler.errors import UsageError, nearest
     from odsora_compiler.frontend.capture import capture_file
     from odsora_compiler.pipeline.instruments import PrintProgram, Timing
     from odsora_compiler.pipeline.manager import PassManager, Pipeline, drift_checks
@@ -149,10 +149,9 @@ def _compile(
 
     registry = load_registry(report=reporter.say)
     pipeline = Pipeline.parse(passes, registry)
-    if print_ir and print_ir not in ("after-changed", "after-all", *registry):
-        raise UsageError(
-            f"--print-ir '{print_ir}': no such pass", "Use after-changed, after-all or a pass name."
-        )
+    moments = ("after-changed", "after-all", *registry)
+    if print_ir and print_ir not in moments:
+        raise UsageError(f"--print-ir '{print_ir}': no such pass", nearest(print_ir, moments))
     if save_program is not None and save_program.exists():
         raise UsageError(f"{save_program} exists", "Choose another place for --save-program.")
     with reporter.stage("capture"):
@@ -237,7 +236,7 @@ def _print_plan(program: Program) -> None:
             for index, chunk in enumerate(component.plan.chunks)
         ]
         title = f"{component.name}: functions {names}; budget {size_text(component.plan.budget)}"
-        print_table(title, ["chunk ", "weights ", "handed on", "why it ends there"], rows)
+        print_table(title, ["chunk ", "weights ", "cross the cut", "why it ends there"], rows)
 
 
 def _print_result(out: Path, accepted: AcceptanceReport | None) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from odsora_compiler.runtime.bundle import Bundle
     from odsora_compiler.runtime.runner import Runner
+    from odsora_compiler.runtime.trace import Trace
 
 HELP = """Run a bundle that odsora-compile wrote.
 
@@ -81,8 +82,11 @@ def run_command(
             raise UsageError("--inputs and --example exclude each other", "Give one of them.")
         if out is not None and out.exists() and not force:
             raise UsageError(f"{out} exists", "Give --force to replace it, or another -o.")
-        if out is not None and not out.absolute().parent.is_dir():
-            raise UsageError(f"{out.absolute().parent}: no such folder", "Create it first.")
+        for file in (out, trace):
+            if file is not None and not file.absolute().parent.is_dir():
+                raise UsageError(f"{file.absolute().parent}: no such folder", "Create it first.")
+        if out is not None and out.is_dir():
+            raise UsageError(f"{out} is a folder", "Name a file, such as -o out.safetensors.")
         opened, chosen = Bundle(bundle), make_executor(executor)
         record = Trace()
         with Reporter(quiet) as reporter:
@@ -100,9 +104,9 @@ def run_command(
         if out is not None:
             _write(results, out)
         if trace is not None:
-            record.save(trace)
+            _save_trace(record, trace)
         rows = [
-            [name, str(list(value.shape)), f"{float(value.float().std()):.5g}"]
+            [name, str(list(value.shape)), f"{float(value.float().std(correction=0)):.5g}"]
             for name, value in results.items()
         ]
         print_table("outputs", ["output", "shape", "standard deviation "], rows)
@@ -141,12 +145,22 @@ def _write(results: dict[str, torch.Tensor], out: Path) -> None:
 
     partial = out.with_name(f".{out.name}.partial")
     try:
-        save_file({name: value.contiguous() for name, value in results.items()}, partial)
+        # Copied, because two outputs may be one tensor, which the format does not hold.
+        save_file({name: value.clone().contiguous() for name, value in results.items()}, partial)
         partial.replace(out)
     except Exception as error:
         raise RunError(f"{out} cannot be written: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _save_trace(record: Trace, path: Path) -> None:
+    from odsora_compiler.errors import RunError
+
+    try:
+        record.save(path)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written ({error.strerror})") from error
 
 
 def main() -> None:

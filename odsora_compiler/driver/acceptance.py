@@ -1,9 +1,9 @@
 """Holding lowered packages to the PyTorch program they were made from, by executing them.
 
-Every chunk whose structure has not run yet is executed on the inputs the reference gives it and
-compared with what PyTorch computes there. Where a run of the whole function is affordable, all
-chunks are executed, chained as a device would chain them. Weights of packages that were not
-executed are read back and compared with the store.
+Weights are read back from every package and compared with the store: one wrong number may change
+an output less than half precision does. Every chunk whose structure has not run yet is executed on
+the inputs the reference gives it and compared with what PyTorch computes there. Where a run of the
+whole function is affordable, all chunks are executed, chained as a device would chain them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import fx
@@ -24,15 +25,20 @@ from odsora_compiler.ir.function import Function
 from odsora_compiler.lowering.bundle import LoweredComponent
 from odsora_compiler.lowering.chunks import PackageReport
 from odsora_compiler.lowering.interface import Names
+from odsora_compiler.lowering.rules import HALF_MASK, HALF_MAX
 from odsora_compiler.mil.interpreter import Interpreter
 from odsora_compiler.mil.package import Package
 from odsora_compiler.runtime.bundle import Bundle
 from odsora_compiler.runtime.runner import Runner, as_feature
 
 Tensors = Mapping[str, torch.Tensor]
+_Known = TypeVar("_Known")
 
 FP32_MAXIMUM = 1e-4  # largest error, of the output's largest value
 FP16_COSINE = 0.9995
+# A cosine says nothing about size, and nothing at all where an output is one number. Results with
+# that cosine are 0.03 apart when their sizes are equal.
+FP16_RELATIVE = 0.05
 
 # An operation that leaves its operands' scale by more than this, its operands being right, is wrong
 # by itself. In fp16 rounding alone comes near, so there it only helps to name a culprit.
@@ -117,7 +123,8 @@ class _FunctionRun:
         for chunk, report, freed in steps:
             structure = report.functions[self._function].template or report.name
             names = [spec.name for spec in chunk.outputs]
-            if structure in seen and not every and self._weights_agree(report):
+            told = self._weights_agree(report)
+            if structure in seen and not every and told:
                 values.update(zip(names, seen[structure], strict=True))
             else:
                 given = {spec.name: values[spec.name] for spec in chunk.inputs}
@@ -142,7 +149,7 @@ class _FunctionRun:
         expected = evaluate(chunk, self._component.weights, inputs, observe)
         _refuse_nan(expected, chunk)
         operators = report.functions[self._function].operators
-        watch = _Watch(chunk, operators, samples, _LOCAL_TOLERANCE[self._precision])
+        watch = _Watch(chunk, operators, samples, self._precision)
         entry = self._bundle.component(self._component.name).function(self._function)
         (call,) = [call for call in entry.chunks if call.package == package]
         given = {item.name: as_feature(inputs[item.name], item) for item in call.inputs}
@@ -153,9 +160,9 @@ class _FunctionRun:
             name: found[name].to(value.dtype).reshape(value.shape)
             for name, value in expected.items()
         }
-        drift = measure_drift(found, expected)
+        drift = self._drift(found, expected)
         self._report.chunks[package, self._function] = drift
-        problem = self._problem(drift) or watch.problem(self._precision)
+        problem = self._problem(drift) or watch.problem()
         if problem:
             raise VerificationError(
                 f"chunk {package}, function '{self._function}': {problem}",
@@ -164,7 +171,7 @@ class _FunctionRun:
         return expected
 
     def _weights_agree(self, report: PackageReport) -> bool:
-        """Whether the package of a chunk that is not executed holds the chunk's weights.
+        """Whether the package of a chunk holds the chunk's weights.
 
         False where that cannot be told, because a weight was transposed or cut; raises
         `VerificationError` where it holds others.
@@ -174,11 +181,17 @@ class _FunctionRun:
         names = Names(item.legal).weights()
         told: set[str] = set()
         for value, blob in package.function(self._function).blob_references():
-            name = names.get(_stem(value))
+            name = _find(value, names)
             if name is None or item.weights.spec(name).shape != blob.shape:
                 continue
             stored = package.tensor(blob)
             expected = item.weights.load(name)
+            if bool(expected.isnan().any()):
+                raise VerificationError(
+                    f"chunk {report.name}, function '{self._function}': weight '{name}' of the "
+                    "model has NaN",
+                    "The file of weights is at fault, or the code that makes them.",
+                )
             if not torch.allclose(stored.float(), expected.to(stored.dtype).float(), atol=1e-7):
                 raise VerificationError(
                     f"chunk {report.name}, function '{self._function}': weight '{name}' in the "
@@ -197,7 +210,7 @@ class _FunctionRun:
         runner = Runner(self._bundle)
         found = runner.run_function(self._component.name, self._function, inputs)
         runner.release()
-        drift = measure_drift(found, reference)
+        drift = self._drift(found, reference)
         self._report.functions[name] = drift
         problem = self._problem(drift)
         if problem:
@@ -207,6 +220,13 @@ class _FunctionRun:
                 "Try --precision fp32.",
             )
 
+    def _drift(self, found: Tensors, expected: Tensors) -> Drift:
+        if self._precision == "fp16":
+            pairs = {name: _alike_where_masked(found[name], expected[name]) for name in expected}
+            found = {name: pair[0] for name, pair in pairs.items()}
+            expected = {name: pair[1] for name, pair in pairs.items()}
+        return measure_drift(found, expected)
+
     def _problem(self, drift: Drift) -> str:
         if drift.nan:
             return str(drift)
@@ -214,6 +234,11 @@ class _FunctionRun:
             return f"the package is {drift.maximum:.2e} off, at most {FP32_MAXIMUM:g} is allowed"
         if self._precision == "fp16" and drift.cosine < FP16_COSINE:
             return f"the package's cosine is {drift.cosine:.6f}, at least {FP16_COSINE} is needed"
+        if self._precision == "fp16" and drift.relative > FP16_RELATIVE:
+            return (
+                f"the package is {drift.relative:.2e} of the outputs' norm off, "
+                f"at most {FP16_RELATIVE} is allowed"
+            )
         return ""
 
 
@@ -246,7 +271,7 @@ class _Watch:
         chunk: Function,
         operators: Mapping[str, str],
         expected: Mapping[str, _Sample],
-        tolerance: float,
+        precision: str,
     ) -> None:
         nodes = {node.name: node for node in chunk.operators()}
         # Package values are named by stems such as `op12_linear`; `operators` maps them to nodes.
@@ -254,11 +279,14 @@ class _Watch:
         # An output has its own name in the package.
         self._nodes |= {name: node for name, node in chunk.results.items() if node.name in nodes}
         self._expected = expected
-        self._tolerance = tolerance
+        self._precision = precision
+        self._tolerance = _LOCAL_TOLERANCE[precision]
         self._errors: dict[str, float] = {}
         self._own_error: str | None = None
         self._first_large: str | None = None
+        self._first_off: str | None = None
         self._nan: str | None = None
+        self._infinite: str | None = None
 
     def __call__(self, name: str, op: str, value: torch.Tensor) -> None:
         if not value.is_floating_point() or not value.numel():
@@ -266,17 +294,28 @@ class _Watch:
         sample = _Sample.of(value)
         if self._nan is None and math.isnan(sample.peak):
             self._nan = f"{op} '{name}' gives NaN{self._place(name)}"
-        node = self._nodes.get(_stem(name))
-        if node is None or node.name not in self._expected or node.name in self._errors:
+        node = _find(name, self._nodes)
+        expected = self._expected.get(node.name) if node is not None else None
+        overflow = math.isinf(sample.peak) and (expected is None or math.isfinite(expected.peak))
+        if self._infinite is None and overflow:
+            self._infinite = f"{op} '{name}' gives infinity{self._place(name)}"
+        if node is None or expected is None or node.name in self._errors:
             return
-        expected = self._expected[node.name]
         if tuple(value.shape) != expected.shape:
             return
-        error = float((sample.values - expected.values).abs().nan_to_num(torch.inf).max())
+        ours, reference = sample.values, expected.values
+        if self._precision == "fp16":
+            ours, reference = _alike_where_masked(ours, reference)
+        error = float((ours - reference).abs().nan_to_num(torch.inf).max())
         self._errors[node.name] = error
         sources = [used.name for used in node.all_input_nodes if used.name in self._expected]
         scale = max([expected.peak, *(self._expected[source].peak for source in sources)])
         if error <= self._tolerance * scale:
+            if self._first_off is None and error > self._tolerance * expected.peak:
+                self._first_off = (
+                    f"{op} '{name}', which makes rounded operands of up to {scale:.2e} into values "
+                    f"of up to {expected.peak:.2e}, off by {error:.2e}{self._place(name)}"
+                )
             return
         text = f"{op} '{name}', off by {error:.2e} at values up to {scale:.2e}{self._place(name)}"
         self._first_large = self._first_large or text
@@ -287,11 +326,11 @@ class _Watch:
         if not inherited:
             self._own_error = self._own_error or text
 
-    def problem(self, precision: str) -> str:
+    def problem(self) -> str:
         """What is wrong even where the outputs hide it."""
         if self._nan is not None:
             return self._nan
-        if precision == "fp32" and self._own_error is not None:
+        if self._precision == "fp32" and self._own_error is not None:
             return "an operation computes something else than PyTorch"
         return ""
 
@@ -301,17 +340,40 @@ class _Watch:
             self._nan
             or self._own_error
             or self._first_large
+            or self._infinite
+            or self._first_off
             or "none by itself (only values with a counterpart in the graph are compared)"
         )
 
     def _place(self, name: str) -> str:
-        node = self._nodes.get(_stem(name))
+        node = _find(name, self._nodes)
         return f" [{node.target} {node.meta['provenance']}]" if node is not None else ""
 
 
-def _stem(name: str) -> str:
-    """A package value's name without what coremltools appends (`_cast_fp16` and such)."""
-    return re.sub(r"(_cast_fp\d+|_to_fp\d+|_fp\d+)+$", "", name)
+def _alike_where_masked(
+    found: torch.Tensor, expected: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both with 0 where the reference has a mask's minus infinity and the package one of its own.
+
+    Half precision's is smaller, see the rule "half-mask", and more than an ordinary score.
+    """
+    if not expected.is_floating_point():
+        return found, expected
+    masked = (expected < -HALF_MAX) & (found <= -HALF_MASK / 2) & found.isfinite()
+    return found.masked_fill(masked, 0.0), expected.masked_fill(masked, 0.0)
+
+
+def _find(name: str, known: Mapping[str, _Known]) -> _Known | None:
+    """What is known by a package value's name, less what coremltools appended (`_cast_fp16`)."""
+    while name not in known:
+        shorter = _APPENDED.sub("", name)
+        if shorter == name:
+            return None
+        name = shorter
+    return known[name]
+
+
+_APPENDED = re.compile(r"(_cast|_to)?_fp\d+$")
 
 
 def _refuse_nan(outputs: Tensors, chunk: Function) -> None:

@@ -253,12 +253,15 @@ def _refuse_unfit(target: Any, node: fx.Node) -> None:
 
 
 def _draws_nothing(node: fx.Node) -> bool:
-    """Whether a random operator is an attention or dropout with probability 0."""
+    """Whether a random operator drops out with probability 0, or not in evaluation."""
     schema: Any = node.target
     for index, argument in enumerate(schema._schema.arguments):
-        if argument.name in ("dropout_p", "p"):
+        if argument.name in ("dropout_p", "p", "dropout"):
             given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
-            return not (argument.default_value if given is None else given)
+            if not (argument.default_value if given is None else given):
+                return True
+        if argument.name == "train" and index < len(node.args):
+            return not node.args[index]
     return False
 
 
@@ -378,6 +381,11 @@ def _tracing_error(error: Exception) -> CaptureError:
             f"{place or 'the model'}: the model's path depends on a tensor's value",
             "Compute with the tensor (torch.where) instead of .item(), bool() or int(), or pass "
             "the value as an option of build().",
+        )
+    if ".numpy() is not supported" in first:
+        return CaptureError(
+            f"{place or 'the model'}: a tensor is turned into a numpy array, which has no graph",
+            "Compute with tensor operators instead, or pass the numbers as an option of build().",
         )
     return CaptureError(
         f"{place or 'the model'}: tracing stops here: {type(error).__name__}: {first}",

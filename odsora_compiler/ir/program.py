@@ -73,7 +73,10 @@ class Component:
     def derive(self, name: str, base: str = "base") -> Function:
         """Add function `name`, a copy of `base`, and return it. Replaces none that exists."""
         if name in self.functions:
-            raise VerificationError(f"component '{self.name}' already has a function '{name}'")
+            raise VerificationError(
+                f"component '{self.name}' already has a function '{name}'",
+                "Run the pass that makes it once, on a program that does not have it yet.",
+            )
         made = self.function(base).copy(name, base=base)
         self.functions[name] = made
         return made
@@ -137,6 +140,13 @@ class Program:
                 node.args = (component, new)
                 changed += 1
         return changed
+
+    def __str__(self) -> str:
+        """Every function as readable text, as `--print-ir` shows it."""
+        # Imported here, because saving and printing are built on this module.
+        from odsora_compiler.ir.serialize import program_text
+
+        return program_text(self)
 
     def copy(self) -> Program:
         """A copy whose graphs can be edited apart; weight stores and examples are shared."""

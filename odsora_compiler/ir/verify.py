@@ -24,8 +24,8 @@ def verify_program(program: Program) -> None:
     Checked: the graph is well formed and functional; names of inputs and outputs are distinct; axis
     names fit; every node has `meta['val']` equal to what its operator gives
     on its arguments, and a provenance; weights exist with the shape and dtype the graph sees; calls
-    of the host fit the signature of the function they name; a plan covers every operator with
-    non-decreasing chunks; everything can be saved.
+    of the host fit the signature of the function they name; no chunk of a plan needs a value of a
+    later one, and what belongs to no chunk needs none of any; everything can be saved.
     """
     problems: list[str] = []
     for name, component in program.components.items():
@@ -149,23 +149,27 @@ def _output_problems(node: fx.Node) -> Iterator[str]:
 
 
 def _chunk_problems(function: Function, count: int) -> Iterator[str]:
-    # Values without a chunk are computed anew in every chunk that needs them; what they are made
-    # from must be there by then.
-    ready: dict[fx.Node, int] = {}
+    # Values without a chunk are computed anew in every chunk that needs them, from what all have.
+    homes: dict[fx.Node, int] = {}
     for node in function.operators():
         chunk = node.meta.get("chunk")
+        needed = [used for used in node.all_input_nodes if used in homes]
         if chunk is None:
-            ready[node] = max((ready.get(used, -1) for used in node.all_input_nodes), default=-1)
+            if needed and count > 1:
+                yield (
+                    f"node '{node.name}' is in no chunk, but needs '{needed[0].name}' of chunk "
+                    f"{homes[needed[0]]}: cut functions (cidl) after the passes that change them"
+                )
             continue
         if not isinstance(chunk, int) or not 0 <= chunk < count:
             yield f"node '{node.name}' is in chunk {chunk} of {count}"
             return
-        ready[node] = chunk
-        for used in node.all_input_nodes:
-            if ready.get(used, -1) > chunk:
+        homes[node] = chunk
+        for used in needed:
+            if homes[used] > chunk:
                 yield (
                     f"node '{node.name}' of chunk {chunk} needs '{used.name}' "
-                    f"of chunk {ready[used]}"
+                    f"of chunk {homes[used]}"
                 )
 
 

@@ -128,6 +128,15 @@ def _spell_out_rms_norm(editor: Editor, node: fx.Node) -> fx.Node:
     return normed if weight is None else editor.call(aten.mul.Tensor, normed, weight)
 
 
+def _spell_out_log_softmax(editor: Editor, node: fx.Node) -> fx.Node:
+    x, dim = node.args[:2]
+    assert isinstance(x, fx.Node)
+    dtype = node.meta["val"].dtype
+    if x.meta["val"].dtype != dtype:
+        x = _cast(editor, x, dtype)
+    return editor.call(aten.sub.Tensor, x, editor.call(aten.logsumexp.default, x, [dim], True))
+
+
 # ------------------------------------------------------------------ einsum
 
 
@@ -211,6 +220,17 @@ def _cast_to_common(editor: Editor, node: fx.Node) -> fx.Node:
 
 def _cast(editor: Editor, tensor: Any, dtype: torch.dtype) -> fx.Node:
     return editor.call(aten._to_copy.default, tensor, dtype=dtype)
+
+
+def _searches_everywhere(node: fx.Node) -> bool:
+    return len(node.args) < 2 or node.args[1] is None
+
+
+def _search_flat(editor: Editor, node: fx.Node) -> fx.Node:
+    target: Any = node.target
+    shape = list(node.meta["val"].shape)
+    found = editor.call(target, editor.call(aten.view.default, node.args[0], [-1]), 0)
+    return editor.call(aten.view.default, found, shape) if shape else found
 
 
 def _reduces_in_other_dtype(node: fx.Node) -> bool:
@@ -442,6 +462,13 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         _spell_out_rms_norm,
     ),
     _rule(
+        "log-softmax",
+        "the front end takes the logarithm of a softmax, which is infinite where that is zero",
+        {aten.log_softmax.int},
+        lambda node: True,
+        _spell_out_log_softmax,
+    ),
+    _rule(
         "outer-einsum",
         "the front end fails on the transpose of an outer product",
         {aten.einsum.default},
@@ -467,6 +494,13 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         },
         _reduces_in_other_dtype,
         _cast_then_reduce,
+    ),
+    _rule(
+        "search-everywhere",
+        "without a dimension, the front end searches the last one",
+        {aten.argmax.default, aten.argmin.default},
+        _searches_everywhere,
+        _search_flat,
     ),
     _rule(
         "fill",

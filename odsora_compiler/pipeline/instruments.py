@@ -89,18 +89,30 @@ class Timing(Instrument):
 
 
 class PrintProgram(Instrument):
-    """Print the program after passes: `"after-changed"`, `"after-all"` or after one pass's name."""
+    """Print the program after passes: `"after-changed"`, `"after-all"` or after one pass's name.
+
+    `"after-all"` prints a program that no pass runs on as well.
+    """
 
     def __init__(self, when: str, stream: TextIO | None = None) -> None:
         self._when = when
         self._stream = stream
+        self._passes = 0
 
     def after(self, program: Program, report: PassReport) -> None:
+        self._passes += 1
         wanted = {"after-all": True, "after-changed": report.changed}
         if wanted.get(self._when, self._when == report.name):
-            stream = self._stream or sys.stdout
-            print(f"// after {report.text}", file=stream)
-            print(program_text(program), file=stream)
+            self._print(f"// after {report.text}", program)
+
+    def finish(self, program: Program) -> None:
+        if self._when == "after-all" and not self._passes:
+            self._print("// no passes", program)
+
+    def _print(self, heading: str, program: Program) -> None:
+        stream = self._stream or sys.stdout
+        print(heading, file=stream)
+        print(program_text(program), file=stream)
 
 
 class DriftCheck(Instrument):

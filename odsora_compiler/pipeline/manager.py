@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -154,8 +155,10 @@ def run_passes(
     """A rewritten copy of `program`.
 
     `passes` is pipeline text. `verify`: `"structure"`, `"numeric"` (drift is measured where one run
-    of the program is affordable) or `"full"` (always measured).
+    of the program is affordable) or `"full"` (always measured). `tell` is given what passes note
+    and decline, and what was measured; default: a line on stderr.
     """
+    tell = tell or (lambda text: print(text, file=sys.stderr))
     pipeline = Pipeline.parse(passes, registry or load_registry())
     copy = program.copy()
     manager = PassManager([*drift_checks(verify, tell), *instruments], precision, tell)

@@ -213,6 +213,17 @@ def _last_uses(entry: FunctionEntry) -> list[list[str]]:
 
 
 def as_feature(value: torch.Tensor, feature: Feature) -> torch.Tensor:
-    """`value` in the dtype and shape of a package's feature."""
+    """`value` in the dtype and shape of a package's feature.
+
+    Raises `RunError` where an integer is too large: Core ML has int32 only.
+    """
+    if value.dtype == torch.int64 and feature.torch_dtype == torch.int32 and value.numel():
+        low, high = (int(bound) for bound in torch.aminmax(value))
+        limits = torch.iinfo(torch.int32)
+        if low < limits.min or high > limits.max:
+            raise RunError(
+                f"'{feature.name}' has integers from {low} to {high}",
+                f"Core ML's integers go from {limits.min} to {limits.max}.",
+            )
     # Core ML has no features of rank 0: they have one element in a package.
     return value.to(feature.torch_dtype).reshape(feature.shape)

@@ -112,6 +112,7 @@ def test_print_ir_and_time_passes(model: Path) -> None:
         (["net.py", "--precision", "fp8"], 2, "unknown precision 'fp8'"),
         (["net.py", "--verify", "some"], 2, "unknown level of verification"),
         (["net.py", "--print-ir", "nothing"], 2, "no such pass"),
+        (["net.py", "--print-ir", "cdil"], 2, "Did you mean 'cidl'?"),
         (["net.py", "--weights", "absent.safetensors"], 2, "no such weights file"),
         (["net.py", "-o", "no/where.odsora"], 2, "no such folder"),
         ([], 2, "no MODEL given"),

@@ -142,6 +142,9 @@ def test_wrong_inputs_are_named(
         (["--executor", "tpu"], 1, "there is no executor 'tpu'"),
         (["--executor", "coreml"], 1, "needs macOS"),
         (["-o", "there/is/none.safetensors"], 2, "no such folder"),
+        (["-o", ".", "--force"], 2, "is a folder"),
+        (["--trace", "there/is/none.json"], 2, "no such folder"),
+        (["--trace", "."], 1, "cannot be written"),
     ],
 )
 def test_wrong_options_are_named(
@@ -158,3 +161,36 @@ def test_an_output_is_not_overwritten_without_force(bundle: Path, tmp_path: Path
     result = run("run", bundle, "--example", "-o", "out.safetensors", cwd=tmp_path)
     assert result.returncode == 2 and "--force" in result.stderr
     assert (tmp_path / "out.safetensors").read_text() == "precious"
+
+
+RETURNS_TWICE = """
+import torch
+import odsora_compiler as odsora
+
+
+class Net(torch.nn.Module):
+    def forward(self, x, count):
+        y = x * 2
+        return {"a": y, "b": y, "part": y[:1], "mean": y.mean(), "x": x, "more": count + 1}
+
+
+def build():
+    return odsora.ModelSpec(Net(), {"x": torch.randn(3, 4), "count": torch.tensor([4, 5])})
+"""
+
+
+def test_outputs_may_be_one_tensor_or_one_number_and_integers_must_fit(tmp_path: Path) -> None:
+    (tmp_path / "twice.py").write_text(RETURNS_TWICE)
+    made = run("compile", "twice.py", "-q", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    result = run("run", "twice.odsora", "--example", "-o", "out.safetensors", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "nan" not in result.stdout and "Warning" not in result.stderr
+    found = load_file(tmp_path / "out.safetensors")
+    assert torch.equal(found["a"], found["b"]) and torch.equal(found["a"][:1], found["part"])
+    assert found["mean"].shape == () and found["more"].tolist() == [5, 6]
+    # Core ML has int32: another number must not be computed with instead.
+    large = {"x": torch.zeros(3, 4), "count": torch.tensor([4, 2**32 + 5])}
+    save_file(large, tmp_path / "large.safetensors")
+    refused = run("run", "twice.odsora", "--inputs", "large.safetensors", cwd=tmp_path)
+    assert refused.returncode == 1 and "'count' has integers from 4" in refused.stderr

@@ -15,6 +15,7 @@ from odsora_compiler.driver.acceptance import AcceptanceReport, accept
 from odsora_compiler.driver.compiler import component_inputs
 from odsora_compiler.errors import VerificationError
 from odsora_compiler.ir.program import Program
+from odsora_compiler.ir.weights import LayeredWeights, TensorWeights
 from odsora_compiler.lowering.bundle import write_bundle
 from odsora_compiler.lowering.chunks import LoweringSettings
 from odsora_compiler.lowering.rules import DEFAULT_RULES
@@ -121,13 +122,128 @@ def test_a_wrong_weight_is_found_in_any_chunk(
         )
 
 
+def test_a_wrong_number_too_small_for_the_outputs_to_show_is_found(tmp_path: Path) -> None:
+    """In half precision, in a chunk that is executed: one hidden unit of 128 loses its bias."""
+
+    def damage(folder: Path) -> None:
+        path = weight_file(folder, 0)
+        bias = next(entry for entry in BlobFile(path).entries() if entry.size == 2 * 128)
+        content = bytearray(path.read_bytes())
+        content[bias.data_offset : bias.data_offset + 2] = struct.pack("<e", 0.5)
+        path.write_bytes(content)
+
+    with pytest.raises(VerificationError, match=r"chunk model-00.*weight '0.fc1.bias'"):
+        lowered_and_accepted(chain("gelu"), tmp_path / "b", LoweringSettings("fp16"), damage)
+
+
+class Scaled(nn.Module):
+    """Outputs of three times their size, as one number or as many, without the rule for `alpha`."""
+
+    def __init__(self, mean: bool) -> None:
+        super().__init__()
+        self.mean = mean
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scaled = torch.add(x - x, x, alpha=3)
+        return scaled.mean() if self.mean else scaled
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_outputs_of_another_size_are_found_in_half_precision(tmp_path: Path, mean: bool) -> None:
+    rules = [rule for rule in DEFAULT_RULES if rule.name != "alpha"]
+    program = odsora.capture(odsora.ModelSpec(Scaled(mean), {"x": torch.rand(4, 16)}))
+    with pytest.raises(VerificationError, match="norm off") as caught:
+        lowered_and_accepted(program, tmp_path / "b", LoweringSettings("fp16", rules=rules))
+    assert "aten.add" in str(caught.value)
+    lowered_and_accepted(program, tmp_path / "c", LoweringSettings("fp16"))
+
+
+class NamedLikeCasts(nn.Module):
+    """Weights and outputs with names such as coremltools gives to what it casts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.w_fp16, self.w_to_fp16 = (nn.Linear(16, 16, bias=False) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"y": self.w(x), "y_fp16": self.w_fp16(x), "y_cast_fp16": self.w_to_fp16(x)}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_names_that_look_like_casts_are_told_apart(tmp_path: Path, precision: str) -> None:
+    program = odsora.capture(odsora.ModelSpec(NamedLikeCasts(), {"x": torch.randn(4, 16)}))
+    report = lowered_and_accepted(program, tmp_path / "b", LoweringSettings(precision))
+    assert report.weights_read_back == 3
+
+
+@pytest.mark.parametrize("chunk", [0, 2])
+def test_a_nan_among_the_weights_is_found_in_any_chunk(tmp_path: Path, chunk: int) -> None:
+    """Also in one that is not executed, being built like another."""
+    program = chain("gelu", depth=3)
+    component = program.component("model")
+    broken = {f"{chunk}.fc2.bias": torch.full((64,), torch.nan)}
+    component.weights = LayeredWeights(TensorWeights(broken), component.weights)
+    with pytest.raises(VerificationError, match=f"'{chunk}.fc2.bias' of the model has NaN"):
+        lowered_and_accepted(program, tmp_path / "b", LoweringSettings("fp32"), limit_flops=0.0)
+
+
+class Masked(nn.Module):
+    """Two attentions that share the mask, which the first chunk computes and hands on."""
+
+    def __init__(self, fill: float) -> None:
+        super().__init__()
+        self.fill = fill
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        bias = torch.zeros(keep.shape).masked_fill(~keep, self.fill)
+        bias = bias + x.mean(-1)[:, None]
+        for layer in self.layers:
+            x = x + (layer(x) @ x.mT + bias).softmax(-1) @ x
+        return x
+
+
+@pytest.mark.parametrize("fill", [torch.finfo(torch.float32).min, -torch.inf, -1e9])
+def test_a_mask_handed_on_in_half_precision_is_no_drift(tmp_path: Path, fill: float) -> None:
+    torch.manual_seed(0)
+    keep = torch.ones(2, 6, 6, dtype=torch.bool).tril()
+    spec = odsora.ModelSpec(Masked(fill), {"x": torch.randn(2, 6, 16), "keep": keep})
+    program = odsora.run_passes(odsora.capture(spec), "cidl{budget=600B}")
+    report = lowered_and_accepted(program, tmp_path / "b", LoweringSettings("fp16"))
+    assert len(report.chunks) == 2
+    assert all(drift.relative < 1e-2 for drift in report.chunks.values())
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        (lambda x: torch.sin(x @ x.mT * 1000), "aten.sin"),
+        (lambda x: ((x @ x.mT) / 10 + 1000) - 1000, "aten.sub"),
+        (lambda x: nn.functional.rms_norm(x * 1000, (16,)), "infinity"),
+    ],
+    ids=["large angles", "cancellation", "overflow without NaN"],
+)
+def test_where_rounding_ruins_the_outputs_the_operation_is_named(
+    tmp_path: Path, body: Callable[[torch.Tensor], torch.Tensor], named: str
+) -> None:
+    class Model(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return body(x)
+
+    torch.manual_seed(0)
+    program = odsora.capture(odsora.ModelSpec(Model(), {"x": torch.randn(8, 16)}))
+    with pytest.raises(VerificationError, match="cosine") as caught:
+        lowered_and_accepted(program, tmp_path / "b", LoweringSettings("fp16"))
+    assert named in str(caught.value)
+
+
 def test_where_the_whole_is_too_expensive_each_structure_runs_once(tmp_path: Path) -> None:
     program = chain("gelu", depth=4)
     report = lowered_and_accepted(
         program, tmp_path / "b", LoweringSettings("fp32"), limit_flops=0.0
     )
     assert [name for name, _ in report.chunks] == ["model-00"]
-    assert report.weights_read_back == 3 * 6 and not report.functions
+    assert report.weights_read_back == 4 * 6 and not report.functions
 
 
 def test_values_of_many_elements_are_sampled_up_to_the_last() -> None:

@@ -61,6 +61,7 @@ def line_of(path: Path, text: str) -> int:
         ("nonzero", "y = n.nonzero()\nreturn y", "torch.where"),
         ("randn_like", "y = torch.randn_like(x)\nreturn x + y", "as an input"),
         ("as_strided", "y = x.T.as_strided((2, 2), (1, 2))\nreturn y", "reshape"),
+        ("x.numpy()", "y = torch.from_numpy(x.numpy() * 2)\nreturn x + y", "tensor operators"),
         ("x.no_such_method", "return x.no_such_method()", "must run"),
     ],
 )
@@ -101,6 +102,14 @@ def test_attention_with_dropout_is_refused(model_file: Write) -> None:
         capture(model_file(f"return {attention}(x[None], x[None], x[None], dropout_p=0.5)"))
     program = capture(model_file(f"return {attention}(x[None], x[None], x[None], dropout_p=0.0)"))
     assert program.outputs[0].shape == (1, 2, 4)
+
+
+def test_layers_that_drop_out_in_training_only_draw_nothing() -> None:
+    from odsora_compiler.frontend.spec import ModelSpec
+
+    module = nn.LSTM(4, 4, num_layers=2, dropout=0.5)
+    program = capture(ModelSpec(module, {"input": torch.ones(2, 1, 4)}))
+    assert program.outputs[0].shape == (2, 1, 4)
 
 
 def test_operators_of_other_libraries_are_refused() -> None:

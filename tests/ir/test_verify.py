@@ -291,10 +291,10 @@ def test_a_broken_program_is_found(name: str) -> None:
         ({"linear": 1, "split": 0}, "'split' of chunk 0 needs 'linear' of chunk 1"),
         ({"tanh": 2}, "'tanh' is in chunk 2 of 2"),
         ({"tanh": "1"}, "'tanh' is in chunk 1 of 2"),
-        ({"linear": 1, "split": None, "getitem": 0}, "'getitem' of chunk 0 needs 'split'"),
+        ({"split": None}, "'split' is in no chunk, but needs 'linear' of chunk 0: cut functions"),
     ],
 )
-def test_a_plan_that_runs_backwards_is_found(chunks: dict[str, int], message: str) -> None:
+def test_a_plan_that_cannot_be_followed_is_found(chunks: dict[str, object], message: str) -> None:
     program = planned_program()
     for name, chunk in chunks.items():
         node(program, name).meta["chunk"] = chunk
@@ -306,8 +306,18 @@ def test_a_plan_that_runs_backwards_is_found(chunks: dict[str, int], message: st
 
 def test_values_without_a_chunk_are_computed_where_they_are_needed() -> None:
     program = planned_program()
-    for name in ("split", "getitem"):
-        del node(program, name).meta["chunk"]
+    del node(program, "linear").meta["chunk"]
+    verify_program(program)
+
+
+def test_in_one_chunk_nodes_need_no_mark() -> None:
+    program = planned_program()
+    component = program.component("net")
+    assert component.plan is not None
+    component.plan = dataclasses.replace(component.plan, chunks=component.plan.chunks[:1])
+    for item in base(program).operators():
+        item.meta["chunk"] = 0
+    del node(program, "split").meta["chunk"]
     verify_program(program)
 
 

@@ -63,6 +63,14 @@ EXAMPLES: dict[str, tuple[Example, Example]] = {
         (lambda x, y: torch.einsum("...i,...j->j...i", x, y), XY),
         (lambda x, y: torch.einsum("ij,jk->ik", x, y), XY),
     ),
+    "log-softmax": (
+        (lambda x: F.log_softmax(100 * x, 1), X),
+        (lambda x: F.softmax(x, 1).log(), X),
+    ),
+    "search-everywhere": (
+        (lambda x: x.argmax() + x.argmin(keepdim=True), X),
+        (lambda x: x.argmax(0) + x.argmin(0), X),
+    ),
     "common-dtype": (
         (lambda x, i: torch.stack([x, i, x]), MIXED),
         (lambda x, i: torch.stack([i, i]), MIXED),

@@ -11,6 +11,7 @@ from mil_programs import Case, build_package, case, conformance_test, mb, number
 
 from odsora_compiler.errors import RunError
 from odsora_compiler.mil.interpreter import Interpreter
+from odsora_compiler.mil.ops.table import OPS
 from odsora_compiler.mil.package import Package
 
 X = numbers(4, 5, 6)
@@ -92,6 +93,16 @@ def scatter_nd_case(mode: str) -> Case:
         data=(3, 4, 2),
         updates=numbers(3, 2).sign() * 2,
     )
+
+
+def test_scatter_of_nothing_changes_nothing() -> None:
+    """As where no element fits a condition: the positions come out of `non_zero`."""
+    data = numbers(3, 4, 2)
+    for depth in (1, 2, 3):
+        indices = torch.empty(0, depth, dtype=torch.int32)
+        updates = torch.empty(0, *data.shape[depth:], dtype=data.dtype)
+        out = OPS["scatter_nd"].function(data, indices, updates, "update")
+        assert torch.equal(out, data)
 
 
 def take(x: torch.Tensor, indices: torch.Tensor, axis: int) -> torch.Tensor:

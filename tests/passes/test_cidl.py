@@ -165,7 +165,7 @@ def test_every_cut_has_a_reason(captured: Program) -> None:
         assert place.startswith(("after spatial_blocks.", "after temporal_blocks."))
         assert handed.startswith("hands on add_")
         assert handed.endswith("(3.5 kB)")
-        assert passing == " 3 earlier values pass by (3.3 kB)"
+        assert passing == " 3 earlier values passing by (3.3 kB)"
         assert "the next cut as narrow, after " in later
         assert later.endswith("over the budget of 156.2 kB")
     assert "fewest bytes" in plan.cost

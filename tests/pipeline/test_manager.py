@@ -433,7 +433,7 @@ def test_a_pass_that_writes_to_weights_is_refused() -> None:
 
     # A program of its own: copies share their weights.
     program = capture(ModelSpec(Net(), {"x": torch.ones(3, 4)}))
-    with pytest.raises(PassError, match="'p' left a broken program(?s:.*)'first.weight' was writ"):
+    with pytest.raises(PassError, match=r"'p' left a broken program(?s:.*)'first.weight' was writ"):
         run(program, "p", make_pass("p", write))
 
 
@@ -533,6 +533,15 @@ def test_the_program_is_printed_when_asked(when: str, printed: list[str]) -> Non
     assert ("by a" in text) == bool(printed)
 
 
+def test_a_program_without_passes_is_printed_too() -> None:
+    printed, silent = io.StringIO(), io.StringIO()
+    run(net_program(), "", instruments=(PrintProgram("after-all", printed),))
+    run(net_program(), "", instruments=(PrintProgram("after-changed", silent),))
+    assert printed.getvalue() == f"// no passes\n{net_program()}\n"
+    assert "function model.base" in printed.getvalue()
+    assert silent.getvalue() == ""
+
+
 def test_what_passes_say_reaches_the_user() -> None:
     told: list[str] = []
 
@@ -544,6 +553,27 @@ def test_what_passes_say_reaches_the_user() -> None:
     manager.run(net_program(), Pipeline.parse("p", registry(make_pass("p", speak))))
     assert told == ["p: left site 3 alone: no time axis", "precision fp32"]
     assert [str(item) for item in manager.reports[0].declined] == told[:1]
+
+
+def test_what_passes_say_goes_to_stderr_by_default(capsys: pytest.CaptureFixture[str]) -> None:
+    def decline(program: Program, context: Context) -> None:
+        context.decline("site 3", "no time axis")
+
+    run_passes(net_program(), "p", registry=registry(make_pass("p", decline)))
+    assert capsys.readouterr() == ("", "p: left site 3 alone: no time axis\n")
+
+
+def test_a_pass_that_changes_what_was_cut_is_refused_whatever_is_verified() -> None:
+    def cut_in_two(program: Program, context: Context) -> None:
+        plan(program, context)
+        component = program.component("model")
+        component.plan = Plan(1 << 20, "bytes", (Chunk(1, {}, "here"), Chunk(1, {}, "end")))
+        node(program, "linear_1").meta["chunk"] = 1
+
+    cut, program = make_pass("cut", cut_in_two), net_program()
+    message = "pass 'twice' left a broken program(?s:.*)is in no chunk(?s:.*)cut functions"
+    with pytest.raises(PassError, match=message):
+        run(program, "cut,twice", cut, make_pass("twice", scale(2.0)))
 
 
 # ------------------------------------------------------------------ analyses

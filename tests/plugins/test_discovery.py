@@ -108,6 +108,13 @@ def test_a_distribution_adds_its_pass(install: Install, told: list[str]) -> None
             PASS.format(name="bad").replace("    name: ClassVar", "    nom: ClassVar"),
             "no usable name",
         ),
+        (PASS.format(name="bad").replace("(frozen=True)", ""), r"no @dataclass\(frozen=True\)"),
+        (
+            PASS.format(name="bad")
+            .replace("@dataclass(frozen=True)", "from odsora_compiler.pipeline.base import option")
+            .replace("    def run", "    level: int = option(1, 'how much')\n\n    def run"),
+            r"no @dataclass\(frozen=True\)",
+        ),
     ],
     ids=lambda value: None if "\n" in value else value,
 )

@@ -96,8 +96,10 @@ def _scatter_nd(
     row = torch.zeros(indices.shape[:-1], dtype=torch.int64)
     for k in range(depth):
         row = row * data.shape[k] + _wrapped(indices[..., k], data.shape[k], validate_indices)
-    rows = data.reshape(prod(data.shape[:depth]), -1)
-    out = _scatter(rows, row.reshape(-1), updates.reshape(row.numel(), -1), 0, mode)
+    # Not -1: there may be no index at all, as where no element fits a condition.
+    size = prod(data.shape[depth:])
+    rows = data.reshape(prod(data.shape[:depth]), size)
+    out = _scatter(rows, row.reshape(-1), updates.reshape(row.numel(), size), 0, mode)
     return out.reshape(data.shape)
 
 
