@@ -80,7 +80,7 @@ class CIDL(Pass):
             )
             for span in spans
         )
-        component.plan = Plan(int(budget), COST, chunks)
+        component.plan = Plan(int(budget), context.precision, COST, chunks)
         context.note(_summary(component.name, component.plan))
 
 

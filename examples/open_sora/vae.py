@@ -9,7 +9,7 @@ are those of the released checkpoints. Encoding is there for the temporal part o
 
 diffusers is imported only where the spatial part is built.
 
-Letters in shapes: B batch, C channels, T frames, H W height and width, z latent channels (4).
+Letters in shapes: B batch, C channels, T frames, H W height and width, z the 4 latent channels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     import odsora_compiler as odsora
 
 SPATIAL_SCALE = 0.18215  # latents of the spatial part are scaled by this outside of it
-LATENT_SCALE = (3.85, 2.32, 2.33, 3.06)  # for each of 4 latent channels, and the next line too
+LATENT_CHANNELS = 4
+LATENT_SCALE = (3.85, 2.32, 2.33, 3.06)  # of each channel, and the next line too
 LATENT_SHIFT = (-0.10, 0.34, 0.27, 0.98)
 
 
@@ -45,7 +46,6 @@ class TemporalVAEConfig:
     channel_multipliers: tuple[int, ...] = (1, 2, 2, 4)  # one a stage
     temporal_downsample: tuple[bool, ...] = (False, True, True)  # between stages
     num_groups: int = 32
-    latent_channels: int = 4
 
     def __post_init__(self) -> None:
         if len(self.temporal_downsample) != len(self.channel_multipliers) - 1:
@@ -71,7 +71,6 @@ class SpatialVAEConfig:
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # each but the first halves H and W
     layers_per_block: int = 2
     num_groups: int = 32
-    latent_channels: int = 4
 
 
 def build(
@@ -117,7 +116,7 @@ def build(
     # The input is real numbers even where the caller has the parameters made on another device.
     cpu = torch.device("cpu")
     random = torch.Generator(cpu).manual_seed(seed)
-    shape = (batch, temporal.latent_channels, length, latent_height, latent_width)
+    shape = (batch, LATENT_CHANNELS, length, latent_height, latent_width)
     inputs = {"z": torch.randn(shape, generator=random, device=cpu), "frames": frames}
     return odsora.ModelSpec(module, inputs=inputs, axes={"z": "b c t h w"})
 
@@ -182,7 +181,7 @@ class TemporalVAE(nn.Module):
     def __init__(self, config: TemporalVAEConfig) -> None:
         super().__init__()
         self.config = config
-        z = config.latent_channels
+        z = LATENT_CHANNELS
         self.encoder = TemporalEncoder(config)
         self.quant_conv = CausalConv3d(2 * z, 2 * z, 1)
         self.post_quant_conv = CausalConv3d(z, z, 1)
@@ -204,7 +203,7 @@ class TemporalEncoder(nn.Module):
 
     def __init__(self, config: TemporalVAEConfig) -> None:
         super().__init__()
-        z = config.latent_channels
+        z = LATENT_CHANNELS
         channels = [config.filters * multiplier for multiplier in config.channel_multipliers]
         self.conv_in = CausalConv3d(z, config.filters, 3, bias=False)
         before = [config.filters, *channels[:-1]]
@@ -237,7 +236,7 @@ class TemporalDecoder(nn.Module):
 
     def __init__(self, config: TemporalVAEConfig) -> None:
         super().__init__()
-        z = config.latent_channels
+        z = LATENT_CHANNELS
         channels = [config.filters * multiplier for multiplier in config.channel_multipliers]
         self.conv1 = CausalConv3d(z, channels[-1], 3)
         self.res_blocks = res_blocks(config, channels[-1], channels[-1])
@@ -355,6 +354,6 @@ def _autoencoder(config: SpatialVAEConfig) -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * stages,
         block_out_channels=config.block_out_channels,
         layers_per_block=config.layers_per_block,
-        latent_channels=config.latent_channels,
+        latent_channels=LATENT_CHANNELS,
         norm_num_groups=config.num_groups,
     )

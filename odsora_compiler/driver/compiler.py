@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from torch import fx
 
 from odsora_compiler.driver.acceptance import AcceptanceReport, accept
 from odsora_compiler.driver.output import check_settings, output_folder
+from odsora_compiler.errors import UsageError
+from odsora_compiler.ir.function import Function, dtype_name
 from odsora_compiler.ir.program import Program
 from odsora_compiler.ir.reference import evaluate_program
 from odsora_compiler.ir.verify import verify_program
@@ -41,6 +44,7 @@ def lower(
     """
     check_settings(precision, target, verify)
     verify_program(program)
+    _check_precision(program, precision)
     settings = LoweringSettings(cast(Precision, precision))
     with output_folder(Path(out), force) as folder:
         lowered = write_bundle(program, folder, settings, target, progress)
@@ -53,6 +57,35 @@ def lower(
                 outputs = evaluate_program(program, program.examples)
         write_examples(folder, program.examples, outputs)
     return Path(out)
+
+
+def _check_precision(program: Program, precision: str) -> None:
+    """Refuse a plan made for another precision, and a half-precision model in fp32."""
+    for component in program.components.values():
+        if component.plan is not None and component.plan.precision != precision:
+            raise UsageError(
+                f"component '{component.name}' was cut for {component.plan.precision}, where its "
+                f"chunks keep their budget; in {precision} they have other sizes",
+                f"Run the passes for it: --precision {precision} in the command that runs cidl, or "
+                f"run_passes(…, precision='{precision}').",
+            )
+        for function in component.functions.values():
+            half = _half_node(function) if precision == "fp32" else None
+            if half is not None:
+                raise UsageError(
+                    f"component '{component.name}' computes in {dtype_name(half.meta['val'].dtype)} "
+                    f"({half.name}, {half.meta.get('provenance', 'an input')}); in fp32 it would "
+                    "give other numbers",
+                    "Use --precision fp16, or build the model in float32 (module.float()).",
+                )
+
+
+def _half_node(function: Function) -> fx.Node | None:
+    """The first value in half precision, if there is one."""
+    for node in function.graph.nodes:
+        if getattr(node.meta.get("val"), "dtype", None) in (torch.float16, torch.bfloat16):
+            return node
+    return None
 
 
 def component_inputs(program: Program) -> Mapping[str, Mapping[str, torch.Tensor]]:

@@ -40,10 +40,12 @@ class Chunk:
 class Plan:
     """How a component is cut. Nodes of its functions carry their chunk's index in `meta['chunk']`.
 
-    `budget`: bytes of weights a chunk may hold. `cost`: the cost function in words.
+    `budget`: bytes of weights a chunk may hold, counted in `precision` (`"fp16"` or `"fp32"`).
+    `cost`: the cost function in words.
     """
 
     budget: int
+    precision: str
     cost: str
     chunks: tuple[Chunk, ...]
 

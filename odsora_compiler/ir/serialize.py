@@ -355,7 +355,7 @@ def _plan_from_data(data: dict[str, Any] | None) -> Plan | None:
     if data is None:
         return None
     chunks = tuple(Chunk(**chunk) for chunk in data["chunks"])
-    return Plan(data["budget"], data["cost"], chunks)
+    return Plan(data["budget"], data["precision"], data["cost"], chunks)
 
 
 def _save_weights(component: Component, folder: Path) -> None:

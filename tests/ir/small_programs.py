@@ -57,7 +57,9 @@ def planned_program() -> Program:
     """`small_program` cut in two: the linear, then the rest."""
     program = small_program()
     component = program.component("net")
-    component.plan = Plan(1 << 20, "bytes", (Chunk(160, {"base": 64}, "here"), Chunk(0, {}, "end")))
+    component.plan = Plan(
+        1 << 20, "fp16", "bytes", (Chunk(160, {"base": 64}, "here"), Chunk(0, {}, "end"))
+    )
     for node in component.function("base").operators():
         node.meta["chunk"] = 0 if node.target is aten.linear.default else 1
     return program

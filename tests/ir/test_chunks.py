@@ -49,7 +49,7 @@ def mark(component: Component, **chunks: int | None) -> None:
             node.meta["chunk"] = current
     count = 1 + max(node.meta.get("chunk", 0) for node in component.functions["base"].operators())
     component.plan = Plan(
-        1, "by hand", tuple(Chunk(1, {"base": 1}, "by hand") for _ in range(count))
+        1, "fp16", "by hand", tuple(Chunk(1, {"base": 1}, "by hand") for _ in range(count))
     )
 
 

@@ -64,7 +64,7 @@ def program() -> Program:
             editor.replace(node, half, [user for user in node.users if user is not half])
     for function in component.functions.values():
         _cut(function)
-    component.plan = Plan(0, "", tuple(Chunk(0, {}, "") for _ in range(DEPTH)))
+    component.plan = Plan(0, "fp16", "", tuple(Chunk(0, {}, "") for _ in range(DEPTH)))
     return made
 
 

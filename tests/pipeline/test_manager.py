@@ -118,7 +118,7 @@ def derive(program: Program, context: Context) -> None:
 
 def plan(program: Program, context: Context) -> None:
     component = program.component("model")
-    component.plan = Plan(1 << 20, "bytes", (Chunk(1, {}, "end"),))
+    component.plan = Plan(1 << 20, "fp16", "bytes", (Chunk(1, {}, "end"),))
     for item in base(program).operators():
         item.meta["chunk"] = 0
 
@@ -567,7 +567,7 @@ def test_a_pass_that_changes_what_was_cut_is_refused_whatever_is_verified() -> N
     def cut_in_two(program: Program, context: Context) -> None:
         plan(program, context)
         component = program.component("model")
-        component.plan = Plan(1 << 20, "bytes", (Chunk(1, {}, "here"), Chunk(1, {}, "end")))
+        component.plan = Plan(1 << 20, "fp16", "bytes", (Chunk(1, {}, "here"), Chunk(1, {}, "end")))
         node(program, "linear_1").meta["chunk"] = 1
 
     cut, program = make_pass("cut", cut_in_two), net_program()
