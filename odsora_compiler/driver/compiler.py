@@ -72,10 +72,10 @@ def _check_precision(program: Program, precision: str) -> None:
         for function in component.functions.values():
             half = _half_node(function) if precision == "fp32" else None
             if half is not None:
+                place = half.meta.get("provenance", "an input")
                 raise UsageError(
-                    f"component '{component.name}' computes in {dtype_name(half.meta['val'].dtype)} "
-                    f"({half.name}, {half.meta.get('provenance', 'an input')}); in fp32 it would "
-                    "give other numbers",
+                    f"component '{component.name}' computes in {dtype_name(half.meta['val'].dtype)}"
+                    f" ({half.name}, {place}); in fp32 it would give other numbers",
                     "Use --precision fp16, or build the model in float32 (module.float()).",
                 )
 

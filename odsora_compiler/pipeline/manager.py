@@ -51,7 +51,7 @@ class Pipeline:
         """Raise `UsageError` unless every pass finds what it requires, starting from `facts`.
 
         Also refused: destroying what an earlier pass of the pipeline established, unless a later
-        one establishes it again.
+        one establishes it again; and making a function that exists.
         """
         holding = set(facts)
         author: dict[str, str] = {}
@@ -63,6 +63,12 @@ class Pipeline:
                     f"pass '{item.name}' requires {', '.join(lacking)}, which nothing before it "
                     "establishes",
                     f"Put it after '{later[0]}'." if later else _advice(lacking),
+                )
+            taken = sorted(fact for fact in item.establishes & holding if _is_function(fact))
+            if taken:
+                raise UsageError(
+                    f"pass '{item.name}' makes the {taken[0]}, which the program has already",
+                    f"Name '{item.name}' once, and start from a program without it.",
                 )
             again = set().union(*(p.establishes for p in self.passes[index:]))
             for fact in sorted((item.destroys & author.keys()) - again):
@@ -207,6 +213,10 @@ def _forget(program: Program, fact: str) -> None:
             for function in component.functions.values():
                 for node in function.graph.nodes:
                     node.meta.pop("chunk", None)
+
+
+def _is_function(fact: str) -> bool:
+    return fact.startswith("function ")
 
 
 def _advice(lacking: list[str]) -> str:

@@ -133,7 +133,7 @@ def test_compiled_encoder_computes_the_same(
     options = {"folder": folder, "length": 9, "batch": 2}
 
     program = odsora.capture(ROOT / "examples/open_sora/t5.py", options, folder)
-    program = odsora.run_passes(program, "cidl{budget=20kB}")
+    program = odsora.run_passes(program, "cidl{budget=8kB}", precision=precision)
     bundle = odsora.load(odsora.lower(program, tmp_path / "t5.odsora", precision=precision))
 
     ids = torch.randint(40, (2, 9), generator=torch.Generator().manual_seed(5))

@@ -153,12 +153,12 @@ def test_latents_of_another_number_of_frames_are_refused(frames: int) -> None:
 def test_convolutions_see_no_later_frame() -> None:
     x = torch.randn(1, 2, 6, 4, 4, generator=torch.Generator().manual_seed(0))
     later = x.clone()
-    later[:, :, 3:] += 1
-    for stride, unchanged in ((1, 3), (2, 2)):
+    later[:, :, 4:] += 1
+    for stride in (1, 2):
         conv = vae.CausalConv3d(2, 2, 3, time_stride=stride)
         with torch.no_grad():
             changed = (conv(later) != conv(x)).any(dim=(0, 1)).any(dim=(1, 2))
-        assert changed.tolist() == [False] * unchanged + [True] * (6 // stride - unchanged)
+        assert changed.tolist() == [False] * (4 // stride) + [True] * (2 // stride)
 
 
 def test_spatial_part_decodes_frame_by_frame() -> None:
@@ -254,7 +254,7 @@ def test_compiled_decoder_computes_the_same(
     program = odsora.capture(
         ROOT / "examples/open_sora/vae.py", options, tmp_path / "weights.safetensors"
     )
-    program = odsora.run_passes(program, "cidl{budget=400kB}")
+    program = odsora.run_passes(program, "cidl{budget=400kB}", precision=precision)
     bundle = odsora.load(odsora.lower(program, tmp_path / "vae.odsora", precision=precision))
 
     z = torch.randn(spec.inputs["z"].shape, generator=torch.Generator().manual_seed(5))

@@ -100,6 +100,14 @@ def test_conditions_are_checked_before_anything_runs(
     assert ran == []
 
 
+def test_a_function_cannot_be_made_twice() -> None:
+    ran: list[str] = []
+    maker = make_pass("maker", derive, establishes={"function other"}, ran=ran)
+    with pytest.raises(UsageError, match="function other, which the program has already"):
+        run(net_program(), "maker,maker", maker)
+    assert ran == []
+
+
 def test_a_mistake_late_in_the_text_stops_everything() -> None:
     ran: list[str] = []
     good, bad = make_pass("good", ran=ran), make_pass("bad", ran=ran)
@@ -328,6 +336,16 @@ def test_each_pass_is_compared_with_the_program_just_before_it() -> None:
     assert drifts[0] is not None
     assert drifts[1] is not None
     assert (drifts[0].bit_equal, drifts[1].bit_equal) == (False, True)
+
+
+def test_outputs_on_other_examples_are_not_held_against_the_next_pass() -> None:
+    def other_examples(program: Program, context: Context) -> None:
+        program.examples = {name: value + 1 for name, value in program.examples.items()}
+
+    classes = (make_pass("examples", other_examples), make_pass("same", scale(1.0)))
+    reports = run(net_program(), "examples,same", *classes, instruments=(DriftCheck(tell=str),))
+    drift = reports[1].drift
+    assert drift is not None and drift.bit_equal
 
 
 def test_a_pass_that_changes_nothing_is_bit_equal_without_running() -> None:
