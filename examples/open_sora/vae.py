@@ -164,15 +164,31 @@ class VideoVAE(nn.Module):
         expected = latent_frames(frames, self.group_frames, temporal.config)
         if z.shape[2] != expected:
             raise ValueError(f"{frames} frames have {expected} latent frames, not {z.shape[2]}")
-        groups = z.split(latent_frames(self.group_frames, self.group_frames, temporal.config), 2)
-        left = range(frames, 0, -self.group_frames)
-        return torch.cat(
-            [
-                temporal.decode(group, min(self.group_frames, count))
-                for group, count in zip(groups, left, strict=True)
-            ],
-            dim=2,
-        )
+        whole, rest = divmod(frames, self.group_frames)
+        decoded = []
+        if whole:
+            # Whole groups are samples of one batch, so that the graph has each weight once.
+            T = latent_frames(self.group_frames, self.group_frames, temporal.config)
+            groups = time_to_batch(z[:, :, : whole * T], whole)
+            decoded.append(batch_to_time(temporal.decode(groups, self.group_frames), whole))
+            z = z[:, :, whole * T :]
+        if rest:
+            decoded.append(temporal.decode(z, rest))
+        return torch.cat(decoded, dim=2)
+
+
+def time_to_batch(x: Tensor, groups: int) -> Tensor:
+    """[B, C, groups·T, H, W] to [B·groups, C, T, H, W]."""
+    B, C, frames, H, W = x.shape
+    x = x.reshape(B, C, groups, frames // groups, H * W).transpose(1, 2)
+    return x.reshape(B * groups, C, frames // groups, H, W)
+
+
+def batch_to_time(x: Tensor, groups: int) -> Tensor:
+    """[B·groups, C, T, H, W] to [B, C, groups·T, H, W]."""
+    B, C, T, H, W = x.shape
+    x = x.reshape(B // groups, groups, C, T, H * W).transpose(1, 2)
+    return x.reshape(B // groups, C, groups * T, H, W)
 
 
 class TemporalVAE(nn.Module):

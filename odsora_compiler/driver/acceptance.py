@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -20,8 +20,9 @@ from torch import fx
 from odsora_compiler.analysis.cost import function_flops
 from odsora_compiler.errors import VerificationError
 from odsora_compiler.ir.drift import Drift, measure_drift
-from odsora_compiler.ir.evaluate import evaluate
+from odsora_compiler.ir.evaluate import call_operator, evaluate
 from odsora_compiler.ir.function import Function
+from odsora_compiler.ir.program import Component
 from odsora_compiler.lowering.bundle import LoweredComponent
 from odsora_compiler.lowering.chunks import PackageReport
 from odsora_compiler.lowering.interface import Names
@@ -155,6 +156,12 @@ class _FunctionRun:
         given = {item.name: as_feature(inputs[item.name], item) for item in call.inputs}
         interpreter = Interpreter(self._package(package), self._function)
         found = interpreter.run(given, watch)
+        if watch.suspects and self._precision == "fp32":
+            again = _Operands(watch)
+            interpreter.run(given, again)
+            watch.acquit(
+                node for node in watch.suspects if again.explain(node, inputs, self._component)
+            )
         interpreter.release()
         found = {
             name: found[name].to(value.dtype).reshape(value.shape)
@@ -282,7 +289,7 @@ class _Watch:
         self._precision = precision
         self._tolerance = _LOCAL_TOLERANCE[precision]
         self._errors: dict[str, float] = {}
-        self._own_error: str | None = None
+        self.suspects: dict[fx.Node, str] = {}
         self._first_large: str | None = None
         self._first_off: str | None = None
         self._nan: str | None = None
@@ -310,7 +317,7 @@ class _Watch:
         self._errors[node.name] = error
         sources = [used.name for used in node.all_input_nodes if used.name in self._expected]
         scale = max([expected.peak, *(self._expected[source].peak for source in sources)])
-        if error <= self._tolerance * scale:
+        if not self.exceeds(node, error):
             if self._first_off is None and error > self._tolerance * expected.peak:
                 self._first_off = (
                     f"{op} '{name}', which makes rounded operands of up to {scale:.2e} into values "
@@ -324,21 +331,36 @@ class _Watch:
             for source in sources
         )
         if not inherited:
-            self._own_error = self._own_error or text
+            self.suspects.setdefault(node, text)
 
     def problem(self) -> str:
         """What is wrong even where the outputs hide it."""
         if self._nan is not None:
             return self._nan
-        if self._precision == "fp32" and self._own_error is not None:
+        if self._precision == "fp32" and self.suspects:
             return "an operation computes something else than PyTorch"
         return ""
+
+    def acquit(self, nodes: Iterable[fx.Node]) -> None:
+        """Take operators off the suspects."""
+        for node in list(nodes):
+            del self.suspects[node]
+
+    def node(self, name: str) -> fx.Node | None:
+        """The graph's counterpart of a package's value."""
+        return _find(name, self._nodes)
+
+    def exceeds(self, node: fx.Node, error: float) -> bool:
+        """Whether an error is too large for the sizes of the operator's operands and result."""
+        sources = [used.name for used in node.all_input_nodes if used.name in self._expected]
+        peaks = [self._expected[name].peak for name in (node.name, *sources)]
+        return error > self._tolerance * max(peaks)
 
     def culprit(self) -> str:
         """The first operation that drifts, in words."""
         return (
             self._nan
-            or self._own_error
+            or next(iter(self.suspects.values()), None)
             or self._first_large
             or self._infinite
             or self._first_off
@@ -348,6 +370,43 @@ class _Watch:
     def _place(self, name: str) -> str:
         node = _find(name, self._nodes)
         return f" [{node.target} {node.meta['provenance']}]" if node is not None else ""
+
+
+class _Operands:
+    """Keeps what suspected operators read and gave in a second run of the package.
+
+    An operator that amplifies the rounding of its operands (tanh(1/x) near 0) is off although it is
+    right: PyTorch's operator gives the same on the operands that the package has.
+    """
+
+    def __init__(self, watch: _Watch) -> None:
+        self._watch = watch
+        self._wanted = {*watch.suspects}
+        for node in watch.suspects:
+            self._wanted |= set(node.all_input_nodes)
+        self._kept: dict[fx.Node, torch.Tensor] = {}
+
+    def __call__(self, name: str, op: str, value: torch.Tensor) -> None:
+        node = self._watch.node(name)
+        if node is not None and node in self._wanted:
+            self._kept.setdefault(node, value)
+
+    def explain(self, node: fx.Node, inputs: Tensors, component: Component) -> bool:
+        """Whether the operator gave what PyTorch gives on the same operands."""
+        values: dict[fx.Node, torch.Tensor] = {}
+        for used in (node, *node.all_input_nodes):
+            if used.op == "placeholder":
+                values[used] = inputs[str(used.target)]
+            elif used.op == "get_attr":
+                values[used] = component.weights.load(str(used.target))
+            elif used in self._kept and self._kept[used].shape == used.meta["val"].shape:
+                values[used] = self._kept[used].to(used.meta["val"].dtype)
+            else:
+                return False
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+        expected = call_operator(node, args, kwargs)
+        error = (expected - values[node]).abs().nan_to_num(torch.inf).max()
+        return not self._watch.exceeds(node, float(error))
 
 
 def _alike_where_masked(

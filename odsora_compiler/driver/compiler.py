@@ -72,17 +72,16 @@ def _check_precision(program: Program, precision: str) -> None:
         for function in component.functions.values():
             half = _half_node(function) if precision == "fp32" else None
             if half is not None:
-                place = half.meta.get("provenance", "an input")
                 raise UsageError(
                     f"component '{component.name}' computes in {dtype_name(half.meta['val'].dtype)}"
-                    f" ({half.name}, {place}); in fp32 it would give other numbers",
+                    f" ({half.name}, {half.meta['provenance']}); fp32 would give other numbers",
                     "Use --precision fp16, or build the model in float32 (module.float()).",
                 )
 
 
 def _half_node(function: Function) -> fx.Node | None:
-    """The first value in half precision, if there is one."""
-    for node in function.graph.nodes:
+    """The first operator that computes in half precision, if there is one (a cast does not)."""
+    for node in function.operators():
         if getattr(node.meta.get("val"), "dtype", None) in (torch.float16, torch.bfloat16):
             return node
     return None

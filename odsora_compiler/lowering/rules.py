@@ -128,6 +128,11 @@ def _spell_out_rms_norm(editor: Editor, node: fx.Node) -> fx.Node:
     return normed if weight is None else editor.call(aten.mul.Tensor, normed, weight)
 
 
+def _divide_one(editor: Editor, node: fx.Node) -> fx.Node:
+    one = editor.call(aten.full.default, [], 1.0, dtype=node.meta["val"].dtype)
+    return editor.call(aten.div.Tensor, one, node.args[0])
+
+
 def _spell_out_log_softmax(editor: Editor, node: fx.Node) -> fx.Node:
     x, dim = node.args[:2]
     assert isinstance(x, fx.Node)
@@ -460,6 +465,13 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         {aten.rms_norm.default},
         lambda node: True,
         _spell_out_rms_norm,
+    ),
+    _rule(
+        "reciprocal",
+        "Core ML's own operation adds 1e-4 to its operand",
+        {aten.reciprocal.default},
+        lambda node: True,
+        _divide_one,
     ),
     _rule(
         "log-softmax",

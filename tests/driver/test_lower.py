@@ -35,3 +35,16 @@ def test_a_half_precision_model_is_lowered_in_half_precision_only(
     with pytest.raises(UsageError, match=str(dtype).removeprefix("torch.")):
         odsora.lower(program, tmp_path / "a.odsora", precision="fp32")
     assert odsora.lower(program, tmp_path / "a.odsora").is_dir()
+
+
+def test_a_table_stored_in_half_precision_is_no_half_precision_model(tmp_path: Path) -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.linspace(0, 1, 32).half())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.table.float()
+
+    spec = odsora.ModelSpec(Table(), {"x": torch.randn(4, 32)})
+    assert odsora.lower(odsora.capture(spec), tmp_path / "a.odsora", precision="fp32").is_dir()

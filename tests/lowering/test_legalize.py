@@ -63,6 +63,10 @@ EXAMPLES: dict[str, tuple[Example, Example]] = {
         (lambda x, y: torch.einsum("...i,...j->j...i", x, y), XY),
         (lambda x, y: torch.einsum("ij,jk->ik", x, y), XY),
     ),
+    "reciprocal": (
+        (lambda x: 1 / x, X),
+        (lambda x: x / 2, X),
+    ),
     "log-softmax": (
         (lambda x: F.log_softmax(100 * x, 1), X),
         (lambda x: F.softmax(x, 1).log(), X),
