@@ -2,12 +2,13 @@
 
 Values that are cheap to make from inputs, literals and a few small weights (masks, position tables)
 belong to no step: they are computed anew wherever they are read, and never cross a cut. What is
-made from weights and literals alone but not cheap is one step, just before it is first read.
+made from weights and literals alone but not cheap is one step, just before it is first read;
+lowering folds it into a constant, whose bytes count as weights of that step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ class Outline:
 
     `sizes`: weight → bytes, for all weights of the component's functions. `liveness` has the steps;
     `needs[s]` are the weights step s needs, `anew` the nodes that belong to no step, `light` the
-    weights that such nodes read.
+    weights that such nodes read. `folded`: large constant that lowering folds → its bytes beyond
+    the weights it is made of; a step that makes one needs it like a weight of that name.
     """
 
     def __init__(
@@ -37,7 +39,17 @@ class Outline:
     ) -> None:
         self.function = function
         self._sizes = sizes
-        self._cones = _cheap_cones(function, sizes)
+        most_bytes = min(sum(sizes.values()) // _WEIGHTS_PART, _WEIGHT_BYTES)
+        constants = _large_constants(function, value_bytes, most_bytes)
+        self._cones = _cheap_cones(function, sizes, most_bytes, constants)
+        self._constants = {
+            node: f"{node.name} {_value_text(node.meta['val'])}"
+            for node in _kept_constants(function, constants)
+        }
+        self.folded = {
+            name: max(constants[node] - sum(sizes[w] for w in _weights_behind(node)), 0)
+            for node, name in self._constants.items()
+        }
         self.anew = frozenset(self._cones)
         self.light = frozenset(name for cone in self._cones.values() for name in _weights_of(cone))
         self.liveness: Liveness = liveness(function, value_bytes, _order(function, self.anew))
@@ -58,6 +70,8 @@ class Outline:
         found: set[str] = set()
         for node in nodes:
             found |= _weights_of([node])
+            if node in self._constants:
+                found.add(self._constants[node])
             for used in node.all_input_nodes:
                 found |= _weights_of(self._cones.get(used, ()))
         return found
@@ -137,11 +151,57 @@ def _weights_of(nodes: Iterable[fx.Node]) -> set[str]:
     }
 
 
-def _cheap_cones(function: Function, sizes: Mapping[str, int]) -> dict[fx.Node, frozenset[fx.Node]]:
+def _weights_behind(node: fx.Node) -> set[str]:
+    """Weights that the value of a node is made of."""
+    found: set[str] = set()
+    pending, seen = [node], {node}
+    while pending:
+        here = pending.pop()
+        found |= _weights_of([here])
+        new = [used for used in here.all_input_nodes if used not in seen]
+        seen.update(new)
+        pending += new
+    return found
+
+
+def _large_constants(
+    function: Function, value_bytes: Callable[[Any], int], most_bytes: int
+) -> dict[fx.Node, int]:
+    """Operators that no input reaches and whose value is larger than `most_bytes` → its bytes.
+
+    Broadcasts are left out: lowering does not fold them.
+    """
+    reading = _reading_inputs(function)
+    sizes = {
+        node: value_bytes(node.meta["val"])
+        for node in function.operators()
+        if node not in reading and node.target is not torch.ops.aten.expand.default
+    }
+    return {node: size for node, size in sizes.items() if size > most_bytes}
+
+
+def _kept_constants(function: Function, constants: Mapping[fx.Node, int]) -> list[fx.Node]:
+    """Those of the constants that something which is not folded reads."""
+    reading = _reading_inputs(function)
+    return [
+        node
+        for node in constants
+        if any(
+            user.op == "output" or user in reading or user.target is torch.ops.aten.expand.default
+            for user in node.users
+        )
+    ]
+
+
+def _cheap_cones(
+    function: Function,
+    sizes: Mapping[str, int],
+    most_bytes: int,
+    constants: Collection[fx.Node],
+) -> dict[fx.Node, frozenset[fx.Node]]:
     """Nodes that are cheap to compute anew → all operators that takes, themselves included."""
     work = {node: _work(node) for node in function.operators()}
     most_work = sum(work.values()) // _WORK_PART
-    most_bytes = min(sum(sizes.values()) // _WEIGHTS_PART, _WEIGHT_BYTES)
     cones: dict[fx.Node, frozenset[fx.Node]] = {}
     reading = _reading_inputs(function)
     for node in function.operators():
@@ -151,6 +211,7 @@ def _cheap_cones(function: Function, sizes: Mapping[str, int]) -> dict[fx.Node, 
         cone = frozenset([node]).union(*(cones.get(used, ()) for used in used_nodes))
         if (
             _is_random(node)
+            or node in constants
             or (node in reading and is_contraction(node))
             or sum(work[member] for member in cone) > most_work
             or sum(sizes[name] for name in _weights_of(cone)) > most_bytes

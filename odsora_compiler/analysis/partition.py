@@ -51,7 +51,9 @@ class CutPoints:
 
     def __init__(self, outlines: Sequence[Outline], sizes: Mapping[str, int]) -> None:
         self.outlines = outlines
-        self.sizes = sizes
+        self.sizes = {**sizes}
+        for outline in outlines:
+            self.sizes |= outline.folded
         self.points = _aligned_points(outlines)
         self._needs = [
             [

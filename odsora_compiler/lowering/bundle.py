@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from odsora_compiler.errors import LoweringError
 from odsora_compiler.ir.chunks import ChunkedFunction, split
 from odsora_compiler.ir.function import TensorSpec, dtype_name
 from odsora_compiler.ir.manifest import (
@@ -116,7 +117,26 @@ def _lower_component(
     target = folder / "packages"
     target.mkdir(exist_ok=True)
     reports = lower_chunks(sources, component.weights, target, settings, progress)
+    _check_budget(component, reports)
     return LoweredComponent(component, functions, tuple(reports))
+
+
+def _check_budget(component: Component, reports: Sequence[PackageReport]) -> None:
+    """Refuse a package that holds more than the plan allows; small constants are not planned."""
+    if component.plan is None:
+        return
+    allowed = component.plan.budget + max(component.plan.budget // 100, _UNPLANNED_BYTES)
+    for report in reports:
+        if report.weight_bytes > allowed:
+            dense = ", ".join(report.dense)
+            raise LoweringError(
+                f"chunk {report.name} holds {report.weight_bytes} bytes of weights, over the "
+                f"budget of {component.plan.budget}",
+                f"These could not be written compressed: {dense}." if dense else "This is a bug.",
+            )
+
+
+_UNPLANNED_BYTES = 64 * 1024
 
 
 def _crossing(chunked: ChunkedFunction) -> list[TensorSpec]:

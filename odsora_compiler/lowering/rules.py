@@ -128,6 +128,16 @@ def _spell_out_rms_norm(editor: Editor, node: fx.Node) -> fx.Node:
     return normed if weight is None else editor.call(aten.mul.Tensor, normed, weight)
 
 
+def _merge_inner_axes(editor: Editor, node: fx.Node) -> fx.Node:
+    x, *rest = node.args
+    assert isinstance(x, fx.Node)
+    shape = list(x.meta["val"].shape)
+    flat = editor.call(aten.view.default, x, [*shape[:3], math.prod(shape[3:])])
+    kwargs: Any = node.kwargs
+    normed = editor.call(aten.group_norm.default, flat, *rest, **kwargs)
+    return editor.call(aten.view.default, normed, shape)
+
+
 def _divide_one(editor: Editor, node: fx.Node) -> fx.Node:
     one = editor.call(aten.full.default, [], 1.0, dtype=node.meta["val"].dtype)
     return editor.call(aten.div.Tensor, one, node.args[0])
@@ -465,6 +475,13 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         {aten.rms_norm.default},
         lambda node: True,
         _spell_out_rms_norm,
+    ),
+    _rule(
+        "group-norm-rank",
+        "the front end splits the channels, which makes rank 6 of a video",
+        {aten.group_norm.default},
+        lambda node: node.meta["val"].dim() > 4,
+        _merge_inner_axes,
     ),
     _rule(
         "reciprocal",

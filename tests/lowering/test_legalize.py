@@ -63,6 +63,10 @@ EXAMPLES: dict[str, tuple[Example, Example]] = {
         (lambda x, y: torch.einsum("...i,...j->j...i", x, y), XY),
         (lambda x, y: torch.einsum("ij,jk->ik", x, y), XY),
     ),
+    "group-norm-rank": (
+        (lambda x: F.group_norm(x, 2), {"x": numbers(2, 4, 3, 2, 2)}),
+        (lambda x: F.group_norm(x, 2), {"x": numbers(2, 4, 3, 2)}),
+    ),
     "reciprocal": (
         (lambda x: 1 / x, X),
         (lambda x: x / 2, X),

@@ -75,6 +75,7 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Tensor]]] = {
     "mask-by-product": (lambda x, m: (x + (1 - m.float()) * -1e9).softmax(-1), FLAGS),
     "logic": (lambda x, m: torch.where(m & ~(x > 0) | (x < -1), x, 0.0), FLAGS),
     "softmax": (lambda x: F.softmax(x, dim=1), X),
+    "group-norm-video": (lambda x: F.group_norm(x, 2), {"x": numbers(2, 4, 3, 2, 5)}),
     "reciprocal-of-small": (lambda x: 1 / x, {"x": 1e-3 * positive(3, 4)}),
     "log-softmax": (lambda x: F.log_softmax(x, dim=-1), X),
     "log-softmax-of-zero": (lambda x: F.log_softmax(100 * x, dim=1), X),

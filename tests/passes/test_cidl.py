@@ -371,3 +371,39 @@ def test_a_component_without_weights_is_one_chunk() -> None:
 
     assert [chunk.weight_bytes for chunk in plan.chunks] == [0]
     assert len(split(component.functions["base"], component).chunks) == 1
+
+
+class SharedBias(nn.Module):
+    """Attention-like blocks that all add one table made from a small weight, as in T5."""
+
+    def __init__(self, depth: int, width: int, length: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(32, 4))
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.length = length
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(self.length)
+        distance = (places[None, :] - places[:, None]).abs().clamp(max=31)
+        bias = self.table[distance].permute(2, 0, 1)  # [4, length, length]
+        for layer in self.layers:
+            scores = (x @ x.transpose(-1, -2) + bias).softmax(-1)
+            x = x + layer(scores @ x)
+        return x
+
+
+def test_a_large_constant_is_made_once_and_counted(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    width, length = 64, 96
+    spec = odsora.ModelSpec(SharedBias(4, width, length), {"x": torch.randn(4, length, width)})
+    constant = 2 * 4 * length * length
+    budget = constant + 2 * width * width + 4096
+    program = odsora.run_passes(odsora.capture(spec), f"cidl{{budget={budget}}}")
+    plan = program.components["model"].plan
+    assert plan is not None and len(plan.chunks) > 1
+    assert constant <= plan.chunks[0].weight_bytes <= budget
+    bundle = odsora.lower(program, tmp_path / "bias.odsora")
+    packages = odsora.load(bundle).bundle.component("model").packages.values()
+    written = [entry.weight_bytes for entry in packages]
+    assert max(written) <= budget
+    assert sum(written) < 1.5 * constant + 2 * 4 * width * width
