@@ -23,6 +23,15 @@ from odsora_compiler.ir.function import Function
 _WORK_PART = 1000
 _WEIGHTS_PART = 1000
 _WEIGHT_BYTES = 64 * 1024
+# A table of fewer bytes may be stored in every chunk that reads it.
+_TABLE_BYTES = 4096
+# Lowering stores no constant for these.
+_NOT_FOLDED = {
+    torch.ops.aten.expand.default,
+    torch.ops.aten.full.default,
+    torch.ops.aten.ones.default,
+    torch.ops.aten.zeros.default,
+}
 
 
 class Outline:
@@ -40,7 +49,7 @@ class Outline:
         self.function = function
         self._sizes = sizes
         most_bytes = min(sum(sizes.values()) // _WEIGHTS_PART, _WEIGHT_BYTES)
-        constants = _large_constants(function, value_bytes, most_bytes)
+        constants = _large_constants(function, value_bytes, max(most_bytes, _TABLE_BYTES))
         self._cones = _cheap_cones(function, sizes, most_bytes, constants)
         self._constants = {
             node: f"{node.name} {_value_text(node.meta['val'])}"
@@ -169,13 +178,13 @@ def _large_constants(
 ) -> dict[fx.Node, int]:
     """Operators that no input reaches and whose value is larger than `most_bytes` → its bytes.
 
-    Broadcasts are left out: lowering does not fold them.
+    Broadcasts and fills are left out: lowering does not fold them.
     """
     reading = _reading_inputs(function)
     sizes = {
         node: value_bytes(node.meta["val"])
         for node in function.operators()
-        if node not in reading and node.target is not torch.ops.aten.expand.default
+        if node not in reading and node.target not in _NOT_FOLDED
     }
     return {node: size for node, size in sizes.items() if size > most_bytes}
 
@@ -187,7 +196,7 @@ def _kept_constants(function: Function, constants: Mapping[fx.Node, int]) -> lis
         node
         for node in constants
         if any(
-            user.op == "output" or user in reading or user.target is torch.ops.aten.expand.default
+            user.op == "output" or user in reading or user.target in _NOT_FOLDED
             for user in node.users
         )
     ]

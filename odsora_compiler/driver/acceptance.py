@@ -22,6 +22,7 @@ from odsora_compiler.errors import VerificationError
 from odsora_compiler.ir.drift import Drift, measure_drift
 from odsora_compiler.ir.evaluate import call_operator, evaluate
 from odsora_compiler.ir.function import Function
+from odsora_compiler.ir.manifest import Feature
 from odsora_compiler.ir.program import Component
 from odsora_compiler.lowering.bundle import LoweredComponent
 from odsora_compiler.lowering.chunks import PackageReport
@@ -153,7 +154,7 @@ class _FunctionRun:
         watch = _Watch(chunk, operators, samples, self._precision)
         entry = self._bundle.component(self._component.name).function(self._function)
         (call,) = [call for call in entry.chunks if call.package == package]
-        given = {item.name: as_feature(inputs[item.name], item) for item in call.inputs}
+        given = {item.name: _as_handed_on(inputs[item.name], item) for item in call.inputs}
         interpreter = Interpreter(self._package(package), self._function)
         found = interpreter.run(given, watch)
         if watch.suspects and self._precision == "fp32":
@@ -407,6 +408,16 @@ class _Operands:
         expected = call_operator(node, args, kwargs)
         error = (expected - values[node]).abs().nan_to_num(torch.inf).max()
         return not self._watch.exceeds(node, float(error))
+
+
+def _as_handed_on(value: torch.Tensor, feature: Feature) -> torch.Tensor:
+    """What the chunk before would hand on where the reference has `value`.
+
+    In half precision a mask's minus infinity is smaller, see the rule "half-mask".
+    """
+    if feature.torch_dtype is torch.float16:
+        value = value.masked_fill(value < -HALF_MAX, -HALF_MASK)
+    return as_feature(value, feature)
 
 
 def _alike_where_masked(
