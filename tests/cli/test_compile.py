@@ -195,6 +195,25 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(model: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    model: Path, tmp_path: Path
+) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(locked)], capture_output=True
+    )
+    if mount.returncode != 0:
+        pytest.skip(f"mounting is not allowed here: {mount.stderr.decode()}")
+    try:
+        result = run("compile", "net.py", "-o", str(locked / "net.odsora"), cwd=model.parent)
+        assert result.returncode == 2
+        assert "is not writable" in result.stderr and "capture" not in result.stderr
+    finally:
+        subprocess.run(["umount", str(locked)], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 def test_a_full_disk_leaves_nothing(model: Path, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
