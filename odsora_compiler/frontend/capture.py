@@ -24,7 +24,8 @@ from odsora_compiler.frontend.weightless import (
     weightless,
 )
 from odsora_compiler.ir.axis_names import parse_axes
-from odsora_compiler.ir.program import Component, Program, single_call_host
+from odsora_compiler.ir.host import single_call_host
+from odsora_compiler.ir.program import Component, Program
 from odsora_compiler.ir.serialize import load_program
 from odsora_compiler.ir.verify import verify_program
 from odsora_compiler.ir.weights import CastWeights, FileWeights, LayeredWeights, TensorWeights

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Literal
 
 import torch
 from torch import fx
 
-from odsora_compiler.errors import OdsoraError, VerificationError, nearest
-from odsora_compiler.ir.function import Function, Provenance, TensorSpec
+from odsora_compiler.errors import VerificationError, nearest
+from odsora_compiler.ir.function import Function, TensorSpec
+from odsora_compiler.ir.host import call_component
+from odsora_compiler.ir.text_to_video import TextToVideo
 from odsora_compiler.ir.weights import WeightStore
-
-
-def call_component(component: str, function: str, /, **inputs: Any) -> NoReturn:
-    """Target of the host graph's call nodes: run `function` of `component`, a dict of outputs.
-
-    Only a marker: whoever runs a host graph (`evaluate`, the runtime) interprets it.
-    """
-    raise OdsoraError("call_component marks a node of a host graph and cannot be called")
 
 
 @dataclass(frozen=True)
@@ -50,14 +43,23 @@ class Plan:
     chunks: tuple[Chunk, ...]
 
 
+# What of a device should compute a component, in Core ML's words.
+ComputeUnits = Literal["cpu_only", "cpu_and_gpu", "cpu_and_neural_engine", "all"]
+
+
 @dataclass
 class Component:
-    """One network: variants of it as functions over one store of weights."""
+    """One network: variants of it as functions over one store of weights.
+
+    `examples`: a tensor for every input of its functions; what was lowered is executed on them.
+    """
 
     name: str
     functions: dict[str, Function]
     weights: WeightStore
     plan: Plan | None = None
+    examples: dict[str, torch.Tensor] = field(default_factory=dict)
+    compute_units: ComputeUnits = "cpu_and_gpu"
 
     def function(self, name: str) -> Function:
         """The function of that name; raises `VerificationError` with the nearest names."""
@@ -90,7 +92,8 @@ class Program:
 
     `examples`: a tensor for every host input, of its shape and dtype; numeric checks run on them.
     `facts`: what passes established and no later pass destroyed. `history`: the pipeline text of
-    each pass that ran, in order.
+    each pass that ran, in order. `constants`: tensors that the host graph's `get_attr` nodes name.
+    `text_to_video`: what to do with a prompt, where the program makes a film of one.
     """
 
     name: str
@@ -99,6 +102,8 @@ class Program:
     examples: dict[str, torch.Tensor] = field(default_factory=dict)
     facts: set[str] = field(default_factory=set)
     history: list[str] = field(default_factory=list)
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    text_to_video: TextToVideo | None = None
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -123,11 +128,29 @@ class Program:
         nodes = self.host.graph.find_nodes(op="call_function", target=call_component)
         return [node for node in nodes if component in (None, node.args[0])]
 
+    def steps(self, component: str) -> list[list[fx.Node]]:
+        """The host's calls of `component`, step by step.
+
+        Calls of one step do not need each other's results; a call that needs a result of step i
+        belongs to a later one. So two calls for the halves of guidance are one step.
+        """
+        depth: dict[fx.Node, int] = {}
+        found: list[list[fx.Node]] = []
+        for node in self.host.graph.nodes:
+            level = max((depth[used] for used in node.all_input_nodes), default=0)
+            if node.target is call_component and node.args[0] == component:
+                if level == len(found):
+                    found.append([])
+                found[level].append(node)
+                level += 1
+            depth[node] = level
+        return found
+
     def redirect(self, component: str, old: str, new: str, first: int | None = None) -> int:
         """Let the host call function `new` where it calls `old` of `component`.
 
-        Only in the `first` calls of the component (all when None). Both functions must have the
-        same signature. Returns how many calls changed.
+        Only in the `first` steps (see `steps`; all when None). Both functions must have the same
+        signature. Returns how many calls changed.
         """
         owner = self.component(component)
         before, after = owner.function(old), owner.function(new)
@@ -137,7 +160,7 @@ class Program:
                 "their inputs or outputs differ"
             )
         changed = 0
-        for node in self.calls(component)[:first]:
+        for node in (node for step in self.steps(component)[:first] for node in step):
             if node.args[1] == old:
                 node.args = (component, new)
                 changed += 1
@@ -160,6 +183,8 @@ class Program:
                     {key: function.copy() for key, function in component.functions.items()},
                     component.weights,
                     component.plan,
+                    component.examples,
+                    component.compute_units,
                 )
                 for name, component in self.components.items()
             },
@@ -167,26 +192,6 @@ class Program:
             dict(self.examples),
             set(self.facts),
             list(self.history),
+            dict(self.constants),
+            self.text_to_video,
         )
-
-
-def single_call_host(component: Component) -> Function:
-    """The host of a bare module: one call of `component`'s function `base`, outputs passed on."""
-    base = component.function("base")
-    host = Function("host")
-    inputs: dict[str, Any] = {}
-    for placeholder in base.placeholders:
-        node = host.graph.placeholder(str(placeholder.target))
-        node.meta.update(placeholder.meta)
-        inputs[str(placeholder.target)] = node
-    call = host.graph.call_function(call_component, (component.name, "base"), inputs)
-    call.meta["val"] = {name: node.meta["val"] for name, node in base.results.items()}
-    outputs = []
-    for name, result in base.results.items():
-        item = host.graph.call_function(operator.getitem, (call, name))
-        item.meta["val"] = result.meta["val"]
-        outputs.append(item)
-    for node in (call, *outputs):
-        node.meta["provenance"] = Provenance()
-    host.graph.output(tuple(outputs)).meta["names"] = tuple(base.results)
-    return host

@@ -10,7 +10,8 @@ from torch import fx
 
 from odsora_compiler.ir.chunks import evaluate_chunked, split
 from odsora_compiler.ir.evaluate import call_operator, check_inputs, evaluate, walk
-from odsora_compiler.ir.program import Component, Program, call_component
+from odsora_compiler.ir.host import call_component
+from odsora_compiler.ir.program import Component, Program
 
 # Given component, function, inputs and outputs of a call.
 OnCall = Callable[[str, str, Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], Any]

@@ -19,8 +19,9 @@ from torch import fx
 
 from odsora_compiler.errors import PackageError, UsageError, WeightsError
 from odsora_compiler.ir.function import Function, Provenance, dtype_name
+from odsora_compiler.ir.host import call_component
 from odsora_compiler.ir.inference import fake_tensor
-from odsora_compiler.ir.program import Chunk, Component, Plan, Program, call_component
+from odsora_compiler.ir.program import Chunk, Component, Plan, Program
 from odsora_compiler.ir.weights import FileWeights, LookupTable, WeightSpec, WeightStore
 
 SCHEMA_VERSION = 1

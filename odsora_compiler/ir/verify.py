@@ -11,8 +11,9 @@ from torch import fx
 from odsora_compiler.errors import OdsoraError, UsageError, VerificationError, WeightsError
 from odsora_compiler.ir.axis_names import parse_axes
 from odsora_compiler.ir.function import Function, Provenance
+from odsora_compiler.ir.host import call_component
 from odsora_compiler.ir.inference import infer
-from odsora_compiler.ir.program import Component, Program, call_component
+from odsora_compiler.ir.program import Component, Program
 from odsora_compiler.ir.serialize import function_to_data
 
 _META_KEYS = {"val", "provenance", "axes", "chunk", "names"}

@@ -12,8 +12,8 @@ from torch import fx
 from odsora_compiler.errors import RunError, nearest
 from odsora_compiler.ir.evaluate import call_operator, check_inputs, walk
 from odsora_compiler.ir.function import TensorSpec
+from odsora_compiler.ir.host import call_component
 from odsora_compiler.ir.manifest import ChunkCall, Feature, FunctionEntry
-from odsora_compiler.ir.program import call_component
 from odsora_compiler.ir.serialize import function_from_data
 from odsora_compiler.runtime.bundle import Bundle
 from odsora_compiler.runtime.executors import Executor, LoadedPackage, MilExecutor

@@ -9,8 +9,9 @@ from torch import fx
 
 from odsora_compiler.ir.edit import Editor
 from odsora_compiler.ir.function import Function, Provenance
+from odsora_compiler.ir.host import single_call_host
 from odsora_compiler.ir.inference import fake_tensor
-from odsora_compiler.ir.program import Chunk, Component, Plan, Program, single_call_host
+from odsora_compiler.ir.program import Chunk, Component, Plan, Program
 from odsora_compiler.ir.weights import TensorWeights, WeightSpec
 
 aten = torch.ops.aten

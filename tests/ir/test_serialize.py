@@ -18,7 +18,8 @@ from odsora_compiler.frontend.capture import capture
 from odsora_compiler.frontend.spec import ModelSpec
 from odsora_compiler.ir.edit import Editor
 from odsora_compiler.ir.function import Function
-from odsora_compiler.ir.program import Component, Program, single_call_host
+from odsora_compiler.ir.host import single_call_host
+from odsora_compiler.ir.program import Component, Program
 from odsora_compiler.ir.reference import evaluate_program
 from odsora_compiler.ir.serialize import (
     fingerprint,

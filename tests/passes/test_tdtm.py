@@ -21,7 +21,8 @@ from odsora_compiler.analysis.attention import Site
 from odsora_compiler.frontend.capture import capture
 from odsora_compiler.frontend.spec import ModelSpec
 from odsora_compiler.ir.function import Function
-from odsora_compiler.ir.program import Program, call_component
+from odsora_compiler.ir.host import call_component
+from odsora_compiler.ir.program import Program
 from odsora_compiler.ir.reference import evaluate_program
 from odsora_compiler.ir.serialize import fingerprint, load_program, save_program
 from odsora_compiler.ir.verify import verify_program
