@@ -258,7 +258,10 @@ def _print_result(out: Path, accepted: AcceptanceReport | None) -> None:
         title += "over largest value, cosine"
         print_table(title, ["chunk", "weights ", "conversion", *functions], rows)
         for function, drift in (accepted.functions if accepted else {}).items():
-            print(f"whole {function} against PyTorch: {drift}")
+            if function.startswith(f"{name}."):
+                print(f"whole {function} against PyTorch: {drift}")
+    if accepted is not None and accepted.host is not None:
+        print(f"whole {manifest.name} against PyTorch: {accepted.host}")
     total = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"wrote {out} ({size_text(total)})")
 

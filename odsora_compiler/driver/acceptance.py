@@ -52,33 +52,52 @@ _SAMPLES = 2048
 class AcceptanceReport:
     """What was compared: (package, function) → drift of the chunk, component.function → drift.
 
-    `weights_compared`: package, place in its weights file, and weight, of each weight read back.
+    `host`: drift of the whole program, where its host does more than one call. `weights_compared`: package, place in its weights file, and weight, of each weight read back.
     """
 
     chunks: dict[tuple[str, str], Drift] = field(default_factory=dict)
     functions: dict[str, Drift] = field(default_factory=dict)
     weights_compared: set[tuple[str, int, str]] = field(default_factory=set)
+    host: Drift | None = None
 
 
 def accept(
     bundle: Bundle,
     lowered: Mapping[str, LoweredComponent],
-    inputs: Mapping[str, Tensors],
     limit_flops: float | None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> AcceptanceReport:
     """Execute and compare; raises `VerificationError` naming the first chunk and op that drift.
 
-    `inputs`: per component, the inputs of its functions. `limit_flops`: functions that need more
-    for one run are compared by their distinct chunks only; None: whole functions always.
+    Functions run on their component's examples. `limit_flops`: functions that need more for one run
+    are compared by their distinct chunks only; None: whole functions always.
     """
     report = AcceptanceReport()
-    for name, component in lowered.items():
+    for component in lowered.values():
         for function in component.functions:
-            _FunctionRun(bundle, component, function, report, progress).compare(
-                inputs[name], limit_flops
-            )
+            run = _FunctionRun(bundle, component, function, report, progress)
+            run.compare(component.component.examples, limit_flops)
     return report
+
+
+def compare_host(
+    bundle: Bundle, inputs: Tensors, expected: Tensors, progress: Callable[[str], None]
+) -> Drift:
+    """How far the whole bundle, host and all, is from PyTorch on the host's `inputs`.
+
+    Raises `VerificationError` on NaN only: every component is right by itself, and a sampler of
+    many steps carries their rounding on as it does any change of its input.
+    """
+    progress("comparing the whole program")
+    runner = Runner(bundle)
+    drift = measure_drift(runner.run(inputs), expected)
+    runner.release()
+    if drift.nan:
+        raise VerificationError(
+            "the program as a whole gives NaN, none of its components does by itself",
+            "The sampler may leave the range of half precision: try --precision fp32.",
+        )
+    return drift
 
 
 class _FunctionRun:

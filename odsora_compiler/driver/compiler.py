@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import fx
 
-from odsora_compiler.driver.acceptance import AcceptanceReport, accept
+from odsora_compiler.driver.acceptance import AcceptanceReport, accept, compare_host
 from odsora_compiler.driver.output import check_settings, output_folder
 from odsora_compiler.errors import UsageError
 from odsora_compiler.ir.function import Function, dtype_name
@@ -51,10 +51,14 @@ def lower(
         outputs: Mapping[str, torch.Tensor] = {}
         if verify != "structure":
             limit = None if verify == "full" else NUMERIC_LIMIT_FLOPS
-            inputs = component_inputs(program)
-            on_accepted(accept(Bundle(folder), lowered, inputs, limit, progress))
+            report = accept(Bundle(folder), lowered, limit, progress)
             if limit is None or program_flops(program) <= limit:
+                progress("running the whole program in PyTorch")
                 outputs = evaluate_program(program, program.examples)
+                if len(program.calls()) > 1:
+                    bundle = Bundle(folder)
+                    report.host = compare_host(bundle, program.examples, outputs, progress)
+            on_accepted(report)
         write_examples(folder, program.examples, outputs)
     return Path(out)
 
@@ -85,24 +89,3 @@ def _half_node(function: Function) -> fx.Node | None:
         if getattr(node.meta.get("val"), "dtype", None) in (torch.float16, torch.bfloat16):
             return node
     return None
-
-
-def component_inputs(program: Program) -> Mapping[str, Mapping[str, torch.Tensor]]:
-    """What the host's first call gives each component, on the program's examples.
-
-    With a single component called straight from the host's inputs nothing needs to be computed;
-    otherwise the host is run.
-    """
-    found: dict[str, Mapping[str, torch.Tensor]] = {}
-    first = program.calls()[:1]
-    if len(program.components) == 1 and first:
-        given = first[0].kwargs
-        if all(getattr(value, "op", "") == "placeholder" for value in given.values()):
-            names = {key: str(getattr(value, "target", "")) for key, value in given.items()}
-            return {str(first[0].args[0]): {key: program.examples[n] for key, n in names.items()}}
-    evaluate_program(
-        program,
-        program.examples,
-        lambda name, function, inputs, outputs: found.setdefault(name, dict(inputs)),
-    )
-    return found

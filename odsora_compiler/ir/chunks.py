@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from odsora_compiler.errors import VerificationError
-from odsora_compiler.ir.evaluate import check_inputs, evaluate
+from odsora_compiler.ir.evaluate import check_tensors, evaluate
 from odsora_compiler.ir.function import Function
 from odsora_compiler.ir.program import Component
 from odsora_compiler.ir.weights import WeightStore
@@ -57,7 +57,7 @@ def evaluate_chunked(
     chunked: ChunkedFunction, weights: WeightStore, inputs: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Run the chunks one after another in PyTorch, freeing values at their last use."""
-    check_inputs(chunked.whole, inputs)
+    check_tensors(f"function '{chunked.whole.name}'", chunked.whole.inputs, inputs)
     values = dict(inputs)
     for chunk, freed in zip(chunked.chunks, chunked.last_uses(), strict=True):
         given = {spec.name: values[spec.name] for spec in chunk.inputs}

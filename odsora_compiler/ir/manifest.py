@@ -1,14 +1,16 @@
 """manifest.json of a bundle: what lowering writes and running reads.
 
-    schema       version of this format; a reader refuses newer ones
+    schema       version of this format; a reader refuses others
     name, pipeline, precision, target, versions
     components   name → functions (inputs, outputs, chunks in order of execution) and packages
-                 (file, functions, bytes, checksums of every file)
-    host         the host graph: operators by name, arguments, shapes (see ir.serialize)
+                 (file, functions, bytes, checksums of every file), compute units for a device
+    host         the host program: what to compute between calls (see ir.host_program)
+    text_to_video  which inputs and outputs of the host are prompt, noise and film, or null
     plans        component → budget, cost and chunks with reasons, as the partitioner left them
 
-Beside it lie the packages and examples.safetensors: `in.NAME` an example of every host input and,
-where PyTorch computed them, `out.NAME` the outputs it gave.
+Beside it lie the packages; examples.safetensors: `in.NAME` an example of every host input and,
+where PyTorch computed them, `out.NAME` the outputs it gave; host.safetensors: constants of the host
+program; and tokenizer.json where the bundle takes prompts.
 
 Shapes are lists, dtypes words such as `"float16"`. Everything is plain JSON.
 """
@@ -24,10 +26,13 @@ from typing import Any
 import torch
 
 from odsora_compiler.errors import PackageError, RunError, nearest
+from odsora_compiler.ir.text_to_video import TextToVideo
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FILE_NAME = "manifest.json"
 EXAMPLES_NAME = "examples.safetensors"
+CONSTANTS_NAME = "host.safetensors"
+TOKENIZER_NAME = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ class ComponentEntry:
 
     functions: Mapping[str, FunctionEntry]
     packages: Mapping[str, PackageEntry]
+    compute_units: str = "cpu_and_gpu"
 
     def function(self, name: str) -> FunctionEntry:
         """The entry of that name; raises `RunError` with the nearest names."""
@@ -112,6 +118,8 @@ class Manifest:
     components: Mapping[str, ComponentEntry]
     host: Mapping[str, Any]
     plans: Mapping[str, Any] = field(default_factory=dict)
+    # Without the text of its tokenizer, which is a file of its own.
+    text_to_video: TextToVideo | None = None
 
     def save(self, folder: Path) -> None:
         """Write manifest.json into `folder`."""
@@ -132,9 +140,9 @@ class Manifest:
         except ValueError as error:
             raise PackageError(f"{path}: not valid JSON ({error})") from error
         schema = data.get("schema") if isinstance(data, dict) else None
-        if not isinstance(schema, int) or not 1 <= schema <= SCHEMA_VERSION:
+        if schema != SCHEMA_VERSION:
             raise PackageError(
-                f"{path}: schema version {schema}, this release reads up to {SCHEMA_VERSION}",
+                f"{path}: schema version {schema}, this release reads {SCHEMA_VERSION}",
                 "Update odsora-compiler, or compile the bundle again with this release.",
             )
         try:
@@ -153,6 +161,7 @@ def _read(data: Mapping[str, Any]) -> Manifest:
         {name: _component(entry) for name, entry in data["components"].items()},
         data["host"],
         data["plans"],
+        None if data["text_to_video"] is None else TextToVideo(**data["text_to_video"]),
     )
 
 
@@ -160,6 +169,7 @@ def _component(data: Mapping[str, Any]) -> ComponentEntry:
     return ComponentEntry(
         {name: _function(entry) for name, entry in data["functions"].items()},
         {name: _package(entry) for name, entry in data["packages"].items()},
+        data["compute_units"],
     )
 
 

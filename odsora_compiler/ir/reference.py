@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import fx
 
 from odsora_compiler.ir.chunks import evaluate_chunked, split
-from odsora_compiler.ir.evaluate import call_operator, check_inputs, evaluate, walk
-from odsora_compiler.ir.host import call_component
+from odsora_compiler.ir.evaluate import evaluate
+from odsora_compiler.ir.host_program import HostProgram, Operation
 from odsora_compiler.ir.program import Component, Program
 
 # Given component, function, inputs and outputs of a call.
@@ -27,23 +26,23 @@ def evaluate_component(
     return evaluate_chunked(split(whole, component), component.weights, inputs)
 
 
-@torch.no_grad()
 def evaluate_program(
-    program: Program, inputs: Mapping[str, torch.Tensor], on_call: OnCall | None = None
+    program: Program,
+    inputs: Mapping[str, torch.Tensor],
+    on_call: OnCall | None = None,
+    seed: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Run the host graph on named `inputs`, and component functions where it calls them.
 
-    `on_call(component, function, inputs, outputs)` sees every call.
+    `on_call(component, function, inputs, outputs)` sees every call. `seed` changes what random
+    operations of the host draw.
     """
-    check_inputs(program.host, inputs)
 
-    def compute(node: fx.Node, args: Any, kwargs: Any) -> Any:
-        if node.target is not call_component:
-            return call_operator(node, args, kwargs)
-        name, function = args
-        outputs = evaluate_component(program.component(name), function, kwargs)
+    def call(item: Operation, given: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        name, function = item["component"], item["function"]
+        outputs = evaluate_component(program.component(name), function, given)
         if on_call is not None:
-            on_call(name, function, kwargs, outputs)
+            on_call(name, function, given, outputs)
         return outputs
 
-    return walk(program.host, None, inputs, compute)
+    return HostProgram.of(program.host).run(inputs, program.constants, call, seed)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,19 +17,24 @@ from safetensors.torch import save_file
 from torch import fx
 
 from odsora_compiler.errors import PackageError, UsageError, WeightsError
+from odsora_compiler.ir.encoding import (
+    decode_argument,
+    encode_argument,
+    resolve_target,
+    target_name,
+)
 from odsora_compiler.ir.function import Function, Provenance, dtype_name
-from odsora_compiler.ir.host import call_component
 from odsora_compiler.ir.inference import fake_tensor
 from odsora_compiler.ir.program import Chunk, Component, Plan, Program
+from odsora_compiler.ir.text_to_video import TextToVideo
 from odsora_compiler.ir.weights import FileWeights, LookupTable, WeightSpec, WeightStore
 
-SCHEMA_VERSION = 1
-_NAMESPACES = ("aten", "prims")
+SCHEMA_VERSION = 2
 _SHARD_BYTES = 1 << 30
 
 
 def save_program(program: Program, folder: str | Path) -> Path:
-    """Write `program` as a folder: `program.json`, `examples.safetensors`, weights per component.
+    """Write `program` as a folder: `program.json`, tensors of the host, weights per component.
 
     Weights that functions use are copied shard by shard (1 GiB), so a program larger than memory
     can be saved. The folder must not exist; raises `UsageError` when it does.
@@ -42,11 +46,11 @@ def save_program(program: Program, folder: str | Path) -> Path:
         raise UsageError(f"{folder}: a program cannot be saved there ({error.strerror})") from error
     for component in program.components.values():
         _save_weights(component, folder / "weights" / component.name)
-    save_file(
-        # Cloned, because one tensor may be the example of two inputs.
-        {name: tensor.contiguous().clone() for name, tensor in program.examples.items()},
-        folder / "examples.safetensors",
-    )
+    _save_tensors(program.examples, folder / "examples.safetensors")
+    _save_tensors(program.constants, folder / "constants.safetensors")
+    (folder / "examples").mkdir()
+    for name, component in program.components.items():
+        _save_tensors(component.examples, folder / "examples" / f"{name}.safetensors")
     text = json.dumps({"schema": SCHEMA_VERSION, **program_to_data(program)}, indent=1)
     (folder / "program.json").write_text(text)
     return folder
@@ -84,15 +88,19 @@ def _read_program(data: dict[str, Any], folder: Path) -> Program:
             {key: function_from_data(value) for key, value in entry["functions"].items()},
             _load_weights(folder / "weights" / name),
             _plan_from_data(entry["plan"]),
+            _load_tensors(folder / "examples" / f"{name}.safetensors"),
+            entry["compute_units"],
         )
-    examples = FileWeights(folder / "examples.safetensors")
+    film = data["text_to_video"]
     return Program(
         data["name"],
         components,
         function_from_data(data["host"]),
-        {name: examples.load(name) for name in examples.names()},
+        _load_tensors(folder / "examples.safetensors"),
         set(data["facts"]),
         list(data["history"]),
+        _load_tensors(folder / "constants.safetensors"),
+        None if film is None else TextToVideo(**film),
     )
 
 
@@ -106,12 +114,14 @@ def program_to_data(program: Program) -> dict[str, Any]:
                     key: function_to_data(function) for key, function in component.functions.items()
                 },
                 "plan": asdict(component.plan) if component.plan else None,
+                "compute_units": component.compute_units,
             }
             for name, component in program.components.items()
         },
         "host": function_to_data(program.host),
         "facts": sorted(program.facts),
         "history": program.history,
+        "text_to_video": asdict(program.text_to_video) if program.text_to_video else None,
     }
 
 
@@ -121,6 +131,9 @@ def fingerprint(program: Program) -> str:
     data = program_to_data(program)
     del data["facts"], data["history"]
     digest.update(json.dumps(data, sort_keys=True).encode())
+    for name, tensor in program.constants.items():
+        digest.update(f"{name}/{dtype_name(tensor.dtype)}{list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     for component in program.components.values():
         for name in component.weights.names():
             table = component.weights.encoding(name)
@@ -145,13 +158,13 @@ def function_to_data(function: Function) -> dict[str, Any]:
     for node in function.graph.nodes:
         entry: dict[str, Any] = {"name": node.name, "op": node.op}
         if node.op == "call_function":
-            entry["target"] = _target_name(node.target)
+            entry["target"] = target_name(node.target)
         elif node.op != "output":
             entry["target"] = node.target
         if node.args:
-            entry["args"] = [_encode(arg) for arg in node.args]
+            entry["args"] = [encode_argument(arg) for arg in node.args]
         if node.kwargs:
-            entry["kwargs"] = {key: _encode(value) for key, value in node.kwargs.items()}
+            entry["kwargs"] = {key: encode_argument(value) for key, value in node.kwargs.items()}
         if "val" in node.meta:
             entry["val"] = _encode_value(node.meta["val"])
         if "provenance" in node.meta:
@@ -211,12 +224,12 @@ def _read_function(data: dict[str, Any]) -> Function:
         op = entry["op"]
         target: Any = "output" if op == "output" else entry["target"]
         if op == "call_function":
-            target = _resolve_target(target)
+            target = resolve_target(target)
         node = graph.create_node(
             op,
             target,
-            tuple(_decode(arg, nodes) for arg in entry.get("args", [])),
-            {key: _decode(value, nodes) for key, value in entry.get("kwargs", {}).items()},
+            tuple(decode_argument(arg, nodes) for arg in entry.get("args", [])),
+            {key: decode_argument(value, nodes) for key, value in entry.get("kwargs", {}).items()},
             name=entry["name"],
         )
         nodes[entry["name"]] = node
@@ -231,69 +244,6 @@ def _read_function(data: dict[str, Any]) -> Function:
         if op == "output":
             node.meta["names"] = tuple(entry["names"])
     return Function(data["name"], graph, data["base"])
-
-
-def _target_name(target: Any) -> str:
-    if target is operator.getitem:
-        return "getitem"
-    if target is call_component:
-        return "call_component"
-    if isinstance(target, torch._ops.OpOverload) and target.namespace in _NAMESPACES:
-        return str(target)
-    raise PackageError(f"operator {target} cannot be saved: it is not a PyTorch operator overload")
-
-
-def _resolve_target(name: str) -> Callable[..., Any]:
-    if name == "getitem":
-        return operator.getitem
-    if name == "call_component":
-        return call_component
-    namespace, operation, overload = name.split(".")
-    if namespace not in _NAMESPACES or operation == "from_file":
-        raise ValueError(f"operator {name} is not one of PyTorch's arithmetic")
-    found = getattr(getattr(getattr(torch.ops, namespace), operation), overload)
-    if not isinstance(found, torch._ops.OpOverload):
-        raise ValueError(f"{name} is not an operator")
-    return found
-
-
-def _encode(value: Any) -> Any:
-    if isinstance(value, fx.Node):
-        return {"node": value.name}
-    if isinstance(value, (list, tuple)):
-        return [_encode(item) for item in value]
-    if isinstance(value, torch.dtype):
-        return {"dtype": dtype_name(value)}
-    if isinstance(value, torch.device):
-        return {"device": str(value)}
-    if isinstance(value, torch.memory_format):
-        return {"memory_format": str(value).removeprefix("torch.")}
-    if isinstance(value, torch.layout):
-        return {"layout": str(value).removeprefix("torch.")}
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return {"float": str(value)}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise PackageError(f"an argument of type {type(value).__name__} cannot be saved: {value!r}")
-
-
-def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
-    if isinstance(value, list):
-        return [_decode(item, nodes) for item in value]
-    if not isinstance(value, dict):
-        return value
-    ((kind, text),) = value.items()
-    if kind == "node":
-        return nodes[text]
-    if kind == "float":
-        return float(text)
-    if kind == "device":
-        return torch.device(text)
-    if kind in ("dtype", "memory_format", "layout"):
-        found = getattr(torch, text)
-        if isinstance(found, (torch.dtype, torch.memory_format, torch.layout)):
-            return found
-    raise ValueError(f"unknown argument {value}")
 
 
 def _encode_value(value: Any) -> Any:
@@ -323,7 +273,7 @@ def _node_text(node: fx.Node) -> str:
         return "return " + ", ".join(f"{name}={value.name}" for name, value in pairs)
     parts = [_argument_text(arg) for arg in node.args]
     parts += [f"{key}={_argument_text(value)}" for key, value in node.kwargs.items()]
-    called = f"{_target_name(node.target)}({', '.join(parts)})"
+    called = f"{target_name(node.target)}({', '.join(parts)})"
     return f"{node.name} = {called}: {_value_text(node.meta.get('val'))}"
 
 
@@ -357,6 +307,16 @@ def _plan_from_data(data: dict[str, Any] | None) -> Plan | None:
         return None
     chunks = tuple(Chunk(**chunk) for chunk in data["chunks"])
     return Plan(data["budget"], data["precision"], data["cost"], chunks)
+
+
+def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    # Cloned, because one tensor may be the example of two inputs.
+    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path)
+
+
+def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    files = FileWeights(path)
+    return {name: files.load(name) for name in files.names()}
 
 
 def _save_weights(component: Component, folder: Path) -> None:

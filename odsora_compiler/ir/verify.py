@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
-from odsora_compiler.errors import OdsoraError, UsageError, VerificationError, WeightsError
+from odsora_compiler.errors import OdsoraError, UsageError, VerificationError, WeightsError, nearest
 from odsora_compiler.ir.axis_names import parse_axes
-from odsora_compiler.ir.function import Function, Provenance
-from odsora_compiler.ir.host import call_component
+from odsora_compiler.ir.function import Function, Provenance, TensorSpec
+from odsora_compiler.ir.host import call_component, early_exit, first_true
 from odsora_compiler.ir.inference import infer
-from odsora_compiler.ir.program import Component, Program
+from odsora_compiler.ir.program import Plan, Program
 from odsora_compiler.ir.serialize import function_to_data
+from odsora_compiler.ir.weights import TensorWeights, WeightStore
 
 _META_KEYS = {"val", "provenance", "axes", "chunk", "names"}
 
@@ -26,7 +27,8 @@ def verify_program(program: Program) -> None:
     names fit; every node has `meta['val']` equal to what its operator gives
     on its arguments, and a provenance; weights exist with the shape and dtype the graph sees; calls
     of the host fit the signature of the function they name; no chunk of a plan needs a value of a
-    later one, and what belongs to no chunk needs none of any; everything can be saved.
+    later one, and what belongs to no chunk needs none of any; an early exit skips no value that is
+    used after it; the roles of text to video fit the host; everything can be saved.
     """
     problems: list[str] = []
     for name, component in program.components.items():
@@ -36,12 +38,22 @@ def verify_program(program: Program) -> None:
             place = f"{name}.{key}"
             if function.name != key:
                 problems.append(f"{place}: the function registered so is named '{function.name}'")
-            problems += [f"{place}: {text}" for text in _function_problems(function, component)]
-    problems += [f"host: {text}" for text in _function_problems(program.host, None)]
+            problems += [
+                f"{place}: {text}"
+                for text in _function_problems(function, component.weights, component.plan)
+            ]
+    constants = TensorWeights(program.constants)
+    problems += [f"host: {text}" for text in _function_problems(program.host, constants)]
     if not problems:
         # These read signatures, which broken functions do not have.
         problems += [f"host: {text}" for text in _call_problems(program)]
-        problems += _example_problems(program)
+        problems += [f"host: {text}" for text in _exit_problems(program.host)]
+        problems += _example_problems("program", program.inputs, program.examples)
+        for component in program.components.values():
+            first = next(iter(component.functions.values()))
+            place = f"component '{component.name}'"
+            problems += _example_problems(place, first.inputs, component.examples)
+        problems += _text_to_video_problems(program)
     if problems:
         more = f"\n  … and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise VerificationError(
@@ -49,7 +61,9 @@ def verify_program(program: Program) -> None:
         )
 
 
-def _function_problems(function: Function, component: Component | None) -> Iterator[str]:
+def _function_problems(
+    function: Function, weights: WeightStore, plan: Plan | None = None
+) -> Iterator[str]:
     try:
         function.graph.lint()
     except Exception as error:
@@ -64,7 +78,7 @@ def _function_problems(function: Function, component: Component | None) -> Itera
         yield f"input names repeat: {names}"
     broken = False
     for node in function.graph.nodes:
-        for problem in _node_problems(node, component):
+        for problem in _node_problems(node, weights):
             broken = True
             yield problem
     if not broken:
@@ -72,11 +86,11 @@ def _function_problems(function: Function, component: Component | None) -> Itera
             function_to_data(function)
         except OdsoraError as error:
             yield str(error)
-    if component is not None and component.plan is not None:
-        yield from _chunk_problems(function, len(component.plan.chunks))
+    if plan is not None:
+        yield from _chunk_problems(function, len(plan.chunks))
 
 
-def _node_problems(node: fx.Node, component: Component | None) -> Iterator[str]:
+def _node_problems(node: fx.Node, weights: WeightStore) -> Iterator[str]:
     unknown = node.meta.keys() - _META_KEYS
     if unknown:
         yield f"node '{node.name}' carries unknown meta {sorted(unknown)}, which saving would lose"
@@ -102,18 +116,15 @@ def _node_problems(node: fx.Node, component: Component | None) -> Iterator[str]:
     ):
         yield f"node '{node.name}' has no provenance"
     if node.op == "get_attr":
-        if component is None:
-            yield f"node '{node.name}' reads a weight in the host"
-            return
         try:
-            spec = component.weights.spec(str(node.target))
+            spec = weights.spec(str(node.target))
         except WeightsError as error:
             yield f"node '{node.name}': {error.message}"
             return
         value = node.meta["val"]
         if (tuple(value.shape), value.dtype) != (spec.shape, spec.dtype):
             yield f"weight '{node.target}' is {spec}, the graph sees {_text(value)}"
-    elif node.op == "call_function" and node.target is not call_component:
+    elif node.op == "call_function" and node.target not in _CHECKED_APART:
         if any("val" not in used.meta for used in node.all_input_nodes):
             return
         target: Any = node.target
@@ -130,6 +141,9 @@ def _node_problems(node: fx.Node, component: Component | None) -> Iterator[str]:
                 f"node '{node.name}' claims {_text(node.meta['val'])}, "
                 f"{target} gives {_text(expected)}"
             )
+
+
+_CHECKED_APART = (call_component, early_exit, first_true)
 
 
 def _output_problems(node: fx.Node) -> Iterator[str]:
@@ -203,14 +217,58 @@ def _call_problems(program: Program) -> Iterator[str]:
             yield f"call '{node.name}' claims outputs {claimed}, the function has {outputs}"
 
 
-def _example_problems(program: Program) -> Iterator[str]:
-    specs = {spec.name: spec for spec in program.inputs}
-    for name, tensor in program.examples.items():
+def _exit_problems(host: Function) -> Iterator[str]:
+    """What is wrong with early exits: their types, and values that an exit would leave unmade."""
+    order = {node: index for index, node in enumerate(host.graph.nodes)}
+    for node in host.graph.find_nodes(op="call_function", target=early_exit):
+        condition = node.args[0].meta["val"]
+        if condition.dtype != torch.bool or condition.numel() != 1:
+            yield f"exit '{node.name}' has the condition {_text(condition)}, not one bool"
+        if _text([value.meta["val"] for value in node.args]) != _text(node.meta["val"]):
+            yield f"exit '{node.name}' claims {_text(node.meta['val'])}"
+        if [user.target for user in node.users] != [first_true]:
+            yield f"exit '{node.name}' needs exactly one first_true that takes it"
+    for merge in host.graph.find_nodes(op="call_function", target=first_true):
+        exits, default = merge.args
+        for value in (default, *(each.args[1] for each in exits)):
+            if _text(value.meta["val"]) != _text(merge.meta["val"]):
+                yield f"'{merge.name}' claims {_text(merge.meta['val'])}, not that of {value.name}"
+        start = min((order[each] for each in exits), default=order[merge])
+        for node in (each for each in order if start < order[each] < order[merge]):
+            late = next((user for user in node.users if order[user] > order[merge]), None)
+            if late is not None:
+                yield f"'{late.name}' needs '{node.name}', which an exit to '{merge.name}' skips"
+
+
+def _text_to_video_problems(program: Program) -> Iterator[str]:
+    roles = program.text_to_video
+    if roles is None:
+        return
+    inputs = {spec.name: spec for spec in program.inputs}
+    for role, name in (
+        ("tokens", roles.tokens),
+        ("mask", roles.mask),
+        ("noise", roles.noise),
+        ("guidance", roles.guidance),
+    ):
+        if name not in inputs and (name or role in ("tokens", "noise")):
+            yield f"text_to_video: the {role} '{name}' is no input, {nearest(name, inputs)}"
+    found = next((spec for spec in program.outputs if spec.name == roles.video), None)
+    if found is None or len(found.shape) != 5 or found.shape[:2] != (1, 3):
+        yield f"text_to_video: there is no output '{roles.video}' [1, 3, frames, height, width]"
+
+
+def _example_problems(
+    place: str, signature: tuple[TensorSpec, ...], examples: Mapping[str, torch.Tensor]
+) -> Iterator[str]:
+    specs = {spec.name: spec for spec in signature}
+    for name, tensor in examples.items():
         if name not in specs:
-            yield f"example '{name}' is no input of the program"
+            yield f"example '{name}' is no input of the {place}"
         elif _text(tensor) != _text_of(specs[name].shape, specs[name].dtype):
             yield f"example '{name}' is {_text(tensor)}, expected {specs[name]}"
-    yield from (f"input '{name}' has no example" for name in specs.keys() - program.examples.keys())
+    missing = specs.keys() - examples.keys()
+    yield from (f"input '{name}' of the {place} has no example" for name in sorted(missing))
 
 
 def _text(value: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -14,8 +14,11 @@ from safetensors.torch import save_file
 from odsora_compiler.errors import LoweringError
 from odsora_compiler.ir.chunks import ChunkedFunction, split
 from odsora_compiler.ir.function import TensorSpec, dtype_name
+from odsora_compiler.ir.host_program import HostProgram
 from odsora_compiler.ir.manifest import (
+    CONSTANTS_NAME,
     EXAMPLES_NAME,
+    TOKENIZER_NAME,
     ChunkCall,
     ComponentEntry,
     Feature,
@@ -24,7 +27,7 @@ from odsora_compiler.ir.manifest import (
     PackageEntry,
 )
 from odsora_compiler.ir.program import Component, Program
-from odsora_compiler.ir.serialize import function_to_data
+from odsora_compiler.ir.text_to_video import TextToVideo
 from odsora_compiler.lowering.chunks import (
     ChunkSource,
     LoweringSettings,
@@ -68,14 +71,16 @@ def write_bundle(
             for package in ("odsora-compiler", "torch", "coremltools")
         },
         entries,
-        function_to_data(program.host),
+        HostProgram.of(program.host).to_data(),
         {
             name: asdict(component.plan)
             for name, component in program.components.items()
             if component.plan is not None
         },
+        _without_tokenizer(program.text_to_video, folder),
     )
     manifest.save(folder)
+    _write_tensors(program.constants, folder / CONSTANTS_NAME)
     return lowered
 
 
@@ -85,10 +90,21 @@ def write_examples(
     """Put example inputs, and the outputs PyTorch gave on them, into the bundle."""
     tensors = {f"in.{name}": value for name, value in inputs.items()}
     tensors |= {f"out.{name}": value for name, value in outputs.items()}
+    _write_tensors(tensors, folder / EXAMPLES_NAME)
+
+
+def _write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     # Copied, because two inputs may be one tensor, which the format does not hold.
-    copies = {name: value.contiguous().clone() for name, value in tensors.items()}
-    save_file(copies, folder / EXAMPLES_NAME)
-    (folder / EXAMPLES_NAME).chmod(0o644)
+    save_file({name: value.contiguous().clone() for name, value in tensors.items()}, path)
+    path.chmod(0o644)
+
+
+def _without_tokenizer(roles: TextToVideo | None, folder: Path) -> TextToVideo | None:
+    """`roles` for the manifest; the tokenizer becomes a file of its own."""
+    if roles is None:
+        return None
+    (folder / TOKENIZER_NAME).write_text(roles.tokenizer)
+    return replace(roles, tokenizer="")
 
 
 def _lower_component(
@@ -166,7 +182,7 @@ def _component_entry(lowered: LoweredComponent, folder: Path) -> ComponentEntry:
         )
         for report in lowered.reports
     }
-    return ComponentEntry(functions, packages)
+    return ComponentEntry(functions, packages, lowered.component.compute_units)
 
 
 def _call(report: PackageReport, function: str) -> ChunkCall:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from odsora_compiler.errors import PackageError
-from odsora_compiler.ir.manifest import EXAMPLES_NAME, ComponentEntry, Manifest, PackageEntry
+from odsora_compiler.ir.manifest import (
+    CONSTANTS_NAME,
+    EXAMPLES_NAME,
+    TOKENIZER_NAME,
+    ComponentEntry,
+    Manifest,
+    PackageEntry,
+)
+from odsora_compiler.ir.text_to_video import TextToVideo
 from odsora_compiler.ir.weights import FileWeights
 
 
@@ -43,6 +52,24 @@ class Bundle:
             side, _, tensor = name.partition(".")
             found[side][tensor] = files.load(name)
         return found["in"], found["out"]
+
+    def constants(self) -> dict[str, torch.Tensor]:
+        """Tensors that the host program names."""
+        files = FileWeights(self.path / CONSTANTS_NAME)
+        return {name: files.load(name) for name in files.names()}
+
+    def text_to_video(self) -> TextToVideo | None:
+        """How the bundle makes a film of a prompt, with its tokenizer; None when it does not."""
+        roles = self.manifest.text_to_video
+        if roles is None:
+            return None
+        try:
+            return replace(roles, tokenizer=(self.path / TOKENIZER_NAME).read_text())
+        except OSError as error:
+            raise PackageError(
+                f"{self.path}: {TOKENIZER_NAME} cannot be read ({error.strerror})",
+                "Copy the bundle again or recompile it.",
+            ) from error
 
     def verify_checksums(self, component: str, package: str) -> None:
         """Read every file of the package; raises `PackageError` naming one that was changed."""

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import fx
 
 from odsora_compiler.errors import RunError, nearest
-from odsora_compiler.ir.evaluate import call_operator, check_inputs, walk
 from odsora_compiler.ir.function import TensorSpec
-from odsora_compiler.ir.host import call_component
+from odsora_compiler.ir.host_program import HostProgram, Operation
 from odsora_compiler.ir.manifest import ChunkCall, Feature, FunctionEntry
-from odsora_compiler.ir.serialize import function_from_data
 from odsora_compiler.runtime.bundle import Bundle
 from odsora_compiler.runtime.executors import Executor, LoadedPackage, MilExecutor
 from odsora_compiler.runtime.trace import Trace
@@ -22,12 +20,24 @@ from odsora_compiler.runtime.trace import Trace
 Tensors = Mapping[str, torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Progress:
+    """A chunk finished: number `chunk` of `chunks` in number `call` of the component's `calls`."""
+
+    component: str
+    function: str
+    call: int
+    calls: int
+    chunk: int
+    chunks: int
+
+
 class Runner:
     """Runs a bundle.
 
-    `memory_budget`: most bytes of weights in memory at once; None keeps every loaded chunk.
-    `progress(done, name)` is told of each chunk that finished. Raises `RunError` when the budget is
-    below the largest chunk.
+    `memory_budget`: most bytes of weights in memory at once; None keeps every loaded chunk until
+    its component has been called for the last time. `progress` is told of each chunk that ran.
+    Raises `RunError` when the budget is below the largest chunk.
     """
 
     def __init__(
@@ -36,64 +46,78 @@ class Runner:
         executor: Executor | None = None,
         memory_budget: int | None = None,
         trace: Trace | None = None,
-        progress: Callable[[int, str], None] | None = None,
+        progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self.bundle = bundle
         self.trace = trace or Trace()
-        self._host = function_from_data(dict(bundle.manifest.host))
+        self._host = HostProgram.from_data(bundle.manifest.host)
         self._executor: Executor = executor or MilExecutor()
         self._residency = _Residency(bundle, self._executor, memory_budget, self.trace)
         self._progress = progress
-        self._done = 0
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """Names, shapes, dtypes and axes of what `run` takes."""
-        return self._host.inputs
+        return tuple(spec for spec, _ in self._host.inputs)
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         """Names, shapes and dtypes of what `run` gives."""
-        return self._host.outputs
+        return tuple(spec for spec, _ in self._host.outputs)
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """Component → how often the host calls it; an early exit leaves the last ones out."""
+        return dict(Counter(call["component"] for call in self._host.calls))
 
     @property
     def peak_weight_bytes(self) -> int:
         """Most bytes of weights that were in memory at once so far."""
         return self._residency.peak
 
-    def run(self, inputs: Tensors, function: str | None = None) -> dict[str, torch.Tensor]:
+    def run(
+        self, inputs: Tensors, function: str | None = None, seed: int = 0
+    ) -> dict[str, torch.Tensor]:
         """Run the host program on named `inputs`; returns its named outputs.
 
         `function`: the function of each component to call instead of the one the host names.
+        `seed` changes what random operations of the host draw. A component is loaded when it is
+        called, and its memory given back when another one is called and it is not needed again.
         """
-        check_inputs(self._host, inputs)
         if function is not None:
             self._check_function(function)
-        self._done = 0
+        done = Counter[str]()
+        places = {id(item): place for place, item in enumerate(self._host.calls)}
+        last_places = {item["component"]: places[id(item)] for item in self._host.calls}
 
-        def compute(node: fx.Node, args: Any, kwargs: Any) -> Any:
-            if node.target is not call_component:
-                return call_operator(node, args, kwargs)
-            component, named = args
-            return self.run_function(component, function or named, kwargs)
+        def call(item: Operation, given: dict[str, torch.Tensor]) -> Tensors:
+            component = item["component"]
+            for other, last in last_places.items():
+                if other != component and last < places[id(item)]:
+                    self._residency.release(other)
+            done[component] += 1
+            which = (done[component], self.calls[component])
+            return self.run_function(component, function or item["function"], given, which)
 
-        with torch.no_grad():
-            return walk(self._host, None, inputs, compute)
+        return self._host.run(inputs, self.bundle.constants(), call, seed)
 
     def run_function(
-        self, component: str, function: str, inputs: Tensors
+        self, component: str, function: str, inputs: Tensors, call: tuple[int, int] = (1, 1)
     ) -> dict[str, torch.Tensor]:
-        """Run one function of a component, chunk by chunk; values are freed at their last use."""
+        """Run one function of a component, chunk by chunk; values are freed at their last use.
+
+        `call`: which call of how many this is, for those who watch the progress.
+        """
         entry = self.bundle.component(component).function(function)
         values = dict(inputs)
-        for call, freed in zip(entry.chunks, _last_uses(entry), strict=True):
-            given = {item.name: as_feature(values[item.name], item) for item in call.inputs}
-            values.update(self.run_chunk(component, function, call, given))
+        for index, (chunk, freed) in enumerate(zip(entry.chunks, _last_uses(entry), strict=True)):
+            given = {item.name: as_feature(values[item.name], item) for item in chunk.inputs}
+            values.update(self.run_chunk(component, function, chunk, given))
             for name in freed:
                 values.pop(name, None)
-            self._done += 1
             if self._progress is not None:
-                self._progress(self._done, f"{component}.{function} {call.package}")
+                chunks = len(entry.chunks)
+                self._progress(Progress(component, function, *call, index + 1, chunks))
         return {
             item.name: as_feature(values[entry.results[item.name]], item) for item in entry.outputs
         }
@@ -181,6 +205,11 @@ class _Residency:
 
     def clear(self) -> None:
         for key in list(self._loaded):
+            self._drop(key)
+
+    def release(self, component: str) -> None:
+        """Give back the memory of a component that is not called again in this run."""
+        for key in [key for key in self._loaded if key[0] == component]:
             self._drop(key)
 
     def _drop(self, key: tuple[str, str]) -> None:

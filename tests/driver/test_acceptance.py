@@ -13,7 +13,6 @@ from torch import nn
 import odsora_compiler as odsora
 from odsora_compiler.driver import acceptance
 from odsora_compiler.driver.acceptance import AcceptanceReport, accept
-from odsora_compiler.driver.compiler import component_inputs
 from odsora_compiler.errors import VerificationError
 from odsora_compiler.ir.program import Program
 from odsora_compiler.ir.weights import LayeredWeights, TensorWeights
@@ -63,7 +62,7 @@ def lowered_and_accepted(
     folder.mkdir(exist_ok=True)
     lowered = write_bundle(program, folder, settings, "iOS18")
     damage(folder)
-    return accept(Bundle(folder), lowered, component_inputs(program), limit_flops)
+    return accept(Bundle(folder), lowered, limit_flops)
 
 
 @pytest.mark.parametrize("operator", ["gelu", "add"])

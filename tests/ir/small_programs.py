@@ -49,9 +49,9 @@ def small_program() -> Program:
         node._rename(next(names))
         node.meta["provenance"] = Provenance("net.proj", "net.py:3 in forward")
     returns(function, a=a, b=b)
-    component = Component("net", {"base": function}, TensorWeights(tensors))
-    example = torch.linspace(-1, 1, 8).view(2, 4)
-    return Program("net", {"net": component}, single_call_host(component), {"x": example})
+    examples = {"x": torch.linspace(-1, 1, 8).view(2, 4)}
+    component = Component("net", {"base": function}, TensorWeights(tensors), examples=examples)
+    return Program("net", {"net": component}, single_call_host(component), dict(examples))
 
 
 def planned_program() -> Program:

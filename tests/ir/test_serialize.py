@@ -50,9 +50,9 @@ def round_trip(program: Program, folder: Path) -> Program:
 
 
 def of_function(function: Function) -> Program:
-    component = Component("net", {"base": function}, TensorWeights({}))
     examples = {spec.name: torch.ones(spec.shape, dtype=spec.dtype) for spec in function.inputs}
-    return Program("net", {"net": component}, single_call_host(component), examples)
+    component = Component("net", {"base": function}, TensorWeights({}), examples=examples)
+    return Program("net", {"net": component}, single_call_host(component), dict(examples))
 
 
 # ------------------------------------------------------------------ every stage
@@ -312,7 +312,7 @@ def test_operators_that_are_not_pytorch_arithmetic_are_refused(tmp_path: Path, t
         (lambda f: (f / "program.json").unlink(), "not a saved program"),
         (lambda f: (f / "program.json").write_text("{"), "not valid JSON"),
         (lambda f: (f / "program.json").write_text("[]"), "schema version None"),
-        (lambda f: edit_json(f, lambda d: d.update(schema=2)), "schema version 2, this release"),
+        (lambda f: edit_json(f, lambda d: d.update(schema=9)), "schema version 9, this release"),
         (lambda f: (f / "examples.safetensors").unlink(), "no such file"),
         (
             lambda f: (f / "weights/net/weights-00000.safetensors").write_bytes(b"1"),

@@ -244,7 +244,7 @@ def call_with_other_outputs(program: Program) -> None:
             item.meta["val"] = fake_tensor((2, 5), torch.float32)
 
 
-@way("host: node 'w' reads a weight")
+@way("host: node 'w': there is no weight 'w'")
 def weight_in_the_host(program: Program) -> None:
     made = program.host.graph.create_node("get_attr", "w")
     made.meta.update(node(program, "w").meta)
@@ -261,7 +261,7 @@ def component_under_another_name(program: Program) -> None:
     program.component("net").name = "other"
 
 
-@way("input 'x' has no example")
+@way("input 'x' of the program has no example")
 def no_example(program: Program) -> None:
     program.examples.clear()
 
