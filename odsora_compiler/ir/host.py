@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from odsora_compiler.errors import OdsoraError
 from odsora_compiler.ir.function import Function, Provenance
@@ -50,7 +51,18 @@ def early_exit(condition: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tens
 def first_true(
     exits: Sequence[tuple[torch.Tensor, torch.Tensor]], default: torch.Tensor
 ) -> torch.Tensor:
-    """The value of the first of `exits` whose condition holds, else `default`."""
+    """The value of the first of `exits` whose condition holds, else `default`.
+
+    Raises ValueError where the values differ in shape or dtype.
+    """
+    for _, value in exits:
+        if (value.shape, value.dtype) != (default.shape, default.dtype):
+            raise ValueError(
+                f"an exit has a value {value.dtype}{list(value.shape)}, without one it is "
+                f"{default.dtype}{list(default.shape)}"
+            )
+    if isinstance(default, FakeTensor):  # shapes are all that is asked for
+        return default
     return next((value for condition, value in exits if bool(condition)), default)
 
 

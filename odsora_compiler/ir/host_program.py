@@ -8,6 +8,7 @@ order. Its `do` says what it is, `free` (absent: none) names values that nothing
                                                            merge M with `value` as its result
     {"do": "merge", "name": M, "default": value, "out": value}   reached without an exit
     {"do": "random", "kind": "normal" | "uniform", "shape": [...], "dtype": D, "seed": n, "out": …}
+                                                           drawn anew in each run, of its seed and n
     {"do": "constant", "name": N, "out": value}            a tensor of host.safetensors
     {"do": "aten.mul.Tensor", "args": [...], "kwargs": {...}, "out": value | {"0": value, …}}
 
@@ -48,8 +49,9 @@ Tensors = Mapping[str, torch.Tensor]
 # Given a call and its inputs: its outputs.
 Call = Callable[[Operation, dict[str, torch.Tensor]], Tensors]
 
-# Seeds of a run and of a random operation share the 64 bits of a generator's seed.
-_SEED_BITS = 32
+# PyTorch's generator on the CPU looks at 32 bits of its seed. The factor is Knuth's for hashing by
+# multiplication: neighbouring seeds of runs and of operations give no equal sums.
+_SEED_FACTOR, _SEED_RANGE = 2654435761, 1 << 32
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class HostProgram:
                     cast(Draw, item["kind"]),
                     item["shape"],
                     getattr(torch, item["dtype"]),
-                    (seed << _SEED_BITS) + item["seed"],
+                    (seed * _SEED_FACTOR + item["seed"]) % _SEED_RANGE,
                 )
             else:
                 _run_operator(item, values)
