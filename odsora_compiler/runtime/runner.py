@@ -53,7 +53,7 @@ class Runner:
         self._host = HostProgram.from_data(bundle.manifest.host)
         self._executor: Executor = executor or MilExecutor()
         self._residency = _Residency(bundle, self._executor, memory_budget, self.trace)
-        self._progress = progress
+        self.progress = progress
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -115,9 +115,9 @@ class Runner:
             values.update(self.run_chunk(component, function, chunk, given))
             for name in freed:
                 values.pop(name, None)
-            if self._progress is not None:
+            if self.progress is not None:
                 chunks = len(entry.chunks)
-                self._progress(Progress(component, function, *call, index + 1, chunks))
+                self.progress(Progress(component, function, *call, index + 1, chunks))
         return {
             item.name: as_feature(values[entry.results[item.name]], item) for item in entry.outputs
         }
