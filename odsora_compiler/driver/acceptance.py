@@ -25,9 +25,10 @@ from odsora_compiler.ir.function import Function
 from odsora_compiler.ir.manifest import Feature
 from odsora_compiler.ir.program import Component
 from odsora_compiler.lowering.bundle import LoweredComponent
-from odsora_compiler.lowering.chunks import PackageReport
+from odsora_compiler.lowering.chunks import FunctionReport, PackageReport
 from odsora_compiler.lowering.interface import Names
 from odsora_compiler.lowering.rules import HALF_MASK, HALF_MAX
+from odsora_compiler.lowering.template import is_free
 from odsora_compiler.mil.interpreter import Interpreter
 from odsora_compiler.mil.package import Package
 from odsora_compiler.runtime.bundle import Bundle
@@ -52,7 +53,8 @@ _SAMPLES = 2048
 class AcceptanceReport:
     """What was compared: (package, function) → drift of the chunk, component.function → drift.
 
-    `host`: drift of the whole program, where its host does more than one call. `weights_compared`: package, place in its weights file, and weight, of each weight read back.
+    `host`: drift of the whole program, where its host does more than one call.
+    `weights_compared`: package, place in its weights file, and weight, of each weight read back.
     """
 
     chunks: dict[tuple[str, str], Drift] = field(default_factory=dict)
@@ -119,6 +121,8 @@ class _FunctionRun:
         self._report = report
         self._progress = progress
         self._precision = bundle.manifest.precision
+        # Structure → number of a weight in its function → the constant that holds it.
+        self._places: dict[str, dict[int, str]] = {}
 
     def compare(self, inputs: Tensors, limit_flops: float | None) -> None:
         flops = function_flops(self._chunked.whole)
@@ -147,7 +151,7 @@ class _FunctionRun:
         for chunk, report, freed in steps:
             structure = report.functions[self._function].template or report.name
             names = [spec.name for spec in chunk.outputs]
-            told = self._weights_agree(report)
+            told = self._weights_agree(report, structure)
             if structure in seen and not every and told:
                 values.update(zip(names, seen[structure], strict=True))
             else:
@@ -200,26 +204,26 @@ class _FunctionRun:
             )
         return expected
 
-    def _weights_agree(self, report: PackageReport) -> bool:
+    def _weights_agree(self, report: PackageReport, structure: str) -> bool:
         """Whether the package of a chunk holds the chunk's weights.
 
-        False where that cannot be told, because a weight was transposed or cut; raises
-        `VerificationError` where it holds others.
+        False where that cannot be told; raises `VerificationError` where it holds others.
         """
         package = self._package(report.name)
         item = report.functions[self._function]
         names = Names(item.legal).weights()
         told: set[str] = set()
+        unnamed: dict[str, torch.Tensor] = {}
         for value, blob in package.function(self._function).blob_references():
             name = _find(value, names)
             if name is None or item.weights.spec(name).shape != blob.shape:
+                unnamed[value] = package.tensor(blob)
                 continue
             place = (report.name, blob.offset, name)
             if place in self._report.weights_compared and not item.weights.is_folded(name):
                 # Functions of a package share its weights, but fold constants of their own.
                 told.add(name)
                 continue
-            stored = package.tensor(blob)
             expected = item.weights.load(name)
             if bool(expected.isnan().any()):
                 raise VerificationError(
@@ -227,18 +231,41 @@ class _FunctionRun:
                     "model has NaN",
                     "The file of weights is at fault, or the code that makes them.",
                 )
-            cast = expected.to(stored.dtype)
-            # Tiny numbers may be rounded otherwise, see `lowering.template.rounded`.
-            if not torch.equal(stored, cast) and not torch.allclose(
-                stored.float(), cast.float(), atol=1e-7
-            ):
+            if not _holds(package.tensor(blob), expected):
                 raise VerificationError(
                     f"chunk {report.name}, function '{self._function}': weight '{name}' in the "
                     "package is not the model's"
                 )
             told.add(name)
             self._report.weights_compared.add(place)
-        return told == set(names.values())
+        return self._unnamed_agree(structure, item, told, unnamed)
+
+    def _unnamed_agree(
+        self,
+        structure: str,
+        item: FunctionReport,
+        told: set[str],
+        unnamed: Mapping[str, torch.Tensor],
+    ) -> bool:
+        """Whether the weights not yet `told` are in constants that coremltools named itself.
+
+        Which constant is which weight, in what shape, is found by value in the first chunk of a
+        structure, which is executed, and holds for the others of that structure. False where two
+        constants have a weight's values, or none has.
+        """
+        places = self._places.setdefault(structure, {})
+        known = bool(places)
+        for index, name in enumerate(item.legal.weight_names()):
+            # Others are part of the structure, see `lowering.template`.
+            if name in told or not is_free(item.weights, name):
+                continue
+            expected = item.weights.load(name)
+            candidates = [value for value, stored in unnamed.items() if _holds(stored, expected)]
+            if len(candidates) != 1 or (known and places.get(index) != candidates[0]):
+                return False
+            if not known:
+                places[index] = candidates[0]
+        return True
 
     def _package(self, name: str) -> Package:
         return Package.open(self._bundle.package_path(self._component.name, name))
@@ -475,6 +502,15 @@ def _find(name: str, known: Mapping[str, _Known]) -> _Known | None:
 
 
 _APPENDED = re.compile(r"(_cast|_to)?_fp\d+$")
+
+
+def _holds(stored: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether a package's constant is that weight, in its shape or with axes of 1 more or fewer."""
+    if stored.numel() != expected.numel():
+        return False
+    cast = expected.to(stored.dtype).reshape(stored.shape)
+    # Tiny numbers may be rounded otherwise, see `lowering.template.rounded`.
+    return torch.equal(stored, cast) or torch.allclose(stored.float(), cast.float(), atol=1e-7)
 
 
 def _refuse_nan(outputs: Tensors, chunk: Function) -> None:

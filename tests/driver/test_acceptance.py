@@ -246,6 +246,59 @@ def test_where_the_whole_is_too_expensive_each_structure_runs_once(tmp_path: Pat
     assert len(report.weights_compared) == 4 * 6 and not report.functions
 
 
+class Normed(nn.Module):
+    """Blocks of a norm over 32 features, whose weight coremltools keeps under a name of its own."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(depth))
+        self.norms = nn.ModuleList(nn.RMSNorm(32, eps=1e-6) for _ in range(2 * depth))
+        for index, norm in enumerate(self.norms):
+            nn.init.normal_(norm.weight, 1 + index, 0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer, first, second in zip(
+            self.layers, self.norms[::2], self.norms[1::2], strict=True
+        ):
+            heads = layer(x).unflatten(-1, (2, 32)).transpose(1, 2)
+            x = x + (first(heads) + second(heads.sin())).transpose(1, 2).flatten(2)
+        return x
+
+
+def lowered_norms(folder: Path, change: Callable[[Path], None]) -> AcceptanceReport:
+    torch.manual_seed(0)
+    program = odsora.capture(odsora.ModelSpec(Normed(5), {"x": torch.randn(2, 4, 64)}))
+    program = odsora.run_passes(program, "cidl{budget=9kB}")
+    folder.mkdir()
+    lowered = write_bundle(program, folder, LoweringSettings("fp16"), "iOS18")
+    (component,) = lowered.values()
+    templates = [report.functions["base"].template for report in component.reports]
+    # The first takes and the last gives float32.
+    assert len(templates) == 5 and len(set(templates[1:4])) == 1 and templates[1]
+    change(folder)
+    return accept(Bundle(folder), lowered, limit_flops=0.0)
+
+
+def test_weights_that_lost_their_names_are_read_back(tmp_path: Path) -> None:
+    report = lowered_norms(tmp_path / "b", lambda folder: None)
+    assert [name for name, _ in report.chunks] == ["model-00", "model-01", "model-04"]
+
+
+def test_weights_that_lost_their_names_and_changed_places_are_found(tmp_path: Path) -> None:
+    def swap(folder: Path) -> None:
+        path = weight_file(folder, 2)
+        data = bytearray(path.read_bytes())
+        torch.manual_seed(0)
+        norms = [norm.weight.detach().half() for norm in Normed(5).norms[4:6]]
+        places = [data.index(weight.numpy().tobytes()) for weight in norms]
+        for place, weight in zip(places, reversed(norms), strict=True):
+            data[place : place + 64] = weight.numpy().tobytes()
+        path.write_bytes(data)
+
+    with pytest.raises(VerificationError, match="model-02"):
+        lowered_norms(tmp_path / "b", swap)
+
+
 def test_values_of_many_elements_are_sampled_up_to_the_last() -> None:
     class Wide(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
