@@ -15,6 +15,7 @@ from odsora_compiler.pipeline.base import Context, Pass, option
 from odsora_compiler.pipeline.options import ByteSize
 
 _DEFAULT_PART = 8
+_DEFAULT_LEAST = 10**6  # reading less than that at a time is mostly waiting for the storage
 _DEFAULT_MOST = 256 * 10**6
 
 
@@ -38,7 +39,8 @@ class CIDL(Pass):
     budget: ByteSize | None = option(
         None,
         "most bytes of weights in a chunk, in the precision of lowering; none: an eighth of the "
-        "component's weights, at most 256MB, or the smallest possible budget if that is more",
+        "component's weights, at least 1MB and at most 256MB, or the smallest possible budget if "
+        "that is more",
     )
 
     def run(self, program: Program, context: Context) -> None:
@@ -85,7 +87,8 @@ class CIDL(Pass):
 
 
 def _default_budget(points: CutPoints) -> int:
-    wanted = min(sum(points.sizes.values()) // _DEFAULT_PART, _DEFAULT_MOST)
+    wanted = sum(points.sizes.values()) // _DEFAULT_PART
+    wanted = min(max(wanted, _DEFAULT_LEAST), _DEFAULT_MOST)
     return max(wanted, least_budget(points).weight_bytes)
 
 

@@ -188,12 +188,20 @@ def test_masks_and_position_tables_are_made_in_every_chunk_that_reads_them(
     assert all(spec.dtype != torch.bool for chunk in chunks for spec in chunk.outputs)
 
 
-def test_the_default_is_an_eighth_of_the_weights(captured: Program) -> None:
-    component, plan = cut(captured.copy(), None)
-    total = stored(component, set(component.functions["base"].weight_names()))
+def test_the_default_is_an_eighth_of_the_weights() -> None:
+    module = torch.nn.Sequential(*(torch.nn.Linear(512, 512, bias=False) for _ in range(20)))
+    spec = odsora.ModelSpec(module, {"input": torch.ones(1, 512)})
+    _, plan = cut(odsora.capture(spec), None)
 
-    assert plan.budget == total // 8
-    assert 8 <= len(plan.chunks) <= 12
+    assert plan.budget == 20 * 2 * 512**2 // 8
+    assert len(plan.chunks) == 10  # of two layers each, 2.5 would fit
+
+
+def test_the_default_makes_no_chunks_below_a_megabyte(captured: Program) -> None:
+    _, plan = cut(captured.copy(), None)
+
+    assert plan.budget == 10**6
+    assert len(plan.chunks) == 2
 
 
 def test_one_chunk_when_all_fits(captured: Program) -> None:
