@@ -9,9 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from odsora_compiler.errors import OdsoraError
+
+if TYPE_CHECKING:
+    import rich.progress
 
 
 class Reporter:
@@ -60,12 +63,80 @@ class Reporter:
             elapsed = time.perf_counter() - self._begin
             self._status.update(f"{self._stage}  {text}  [{elapsed:.0f} s]".replace("[", "\\["))
 
+    @contextmanager
+    def bars(self) -> Iterator[Bars]:
+        """Bars of a run in place of the line; they are gone when the block ends."""
+        if not self._live:
+            yield Bars(None, (lambda _: None) if self._quiet else self.say)
+            return
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+        self._status.stop()
+        columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn()
+        shown = Progress(
+            *columns,
+            TextColumn("{task.fields[count]}"),
+            console=self._status.console,
+            transient=True,
+        )
+        try:
+            with shown:
+                yield Bars(shown, self.say)
+        finally:
+            self._status.start()
+
     def say(self, text: str) -> None:
         """A line on stderr."""
         if self._status is not None:
             self._status.console.print(text, markup=False, highlight=False)
         else:
             print(text, file=sys.stderr, flush=True)
+
+
+class Bars:
+    """How far a run is: for each component a bar, its calls, and the time left for them.
+
+    Without a terminal, `say` gets a line every `between` seconds instead.
+    """
+
+    def __init__(
+        self,
+        progress: rich.progress.Progress | None,
+        say: Callable[[str], None],
+        between: float = 30,
+    ) -> None:
+        self._progress = progress
+        self._say = say
+        self._between = between
+        self._bars: dict[str, rich.progress.TaskID] = {}
+        self._begins: dict[str, float] = {}
+        self._current = ""
+        self._updated = self._said = time.perf_counter()
+
+    def update(self, name: str, call: int, calls: int, part: float) -> None:
+        """`part`, from 0 to 1, of call number `call` of `calls` of the component `name` is done."""
+        now = time.perf_counter()
+        if name != self._current:
+            self._finish(self._current)
+            self._begins.setdefault(name, self._updated)
+            self._current = name
+        self._updated = now
+        done = call - 1 + part
+        left = (now - self._begins[name]) / done * (calls - done)
+        count = f"{call} of {calls}, {duration_text(left)} left"
+        if self._progress is not None:
+            if name not in self._bars:
+                self._bars[name] = self._progress.add_task(name, total=calls, count="")
+            self._progress.update(self._bars[name], completed=done, total=calls, count=count)
+        elif now - self._said >= self._between:
+            self._said = now
+            self._say(f"{name}  {count}")
+
+    def _finish(self, name: str) -> None:
+        """Another component's turn: an early exit may have left out the last calls of this one."""
+        if self._progress is not None and name:
+            done = self._progress.tasks[self._bars[name]].completed
+            self._progress.update(self._bars[name], total=done, count=f"{done:.0f} done")
 
 
 def guarded(work: Callable[[], None], nothing_left: str = "") -> None:
@@ -121,6 +192,13 @@ def size_text(count: float) -> str:
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count:.0f} B"
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds for people: `12 s`, `3 min`, `1.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def parse_settings(settings: list[str]) -> dict[str, str]:

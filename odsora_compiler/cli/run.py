@@ -1,4 +1,4 @@
-"""odsora-run: run a bundle on named tensors."""
+"""odsora-run: run a bundle on named tensors, or make a film of a prompt."""
 
 from __future__ import annotations
 
@@ -7,23 +7,34 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from odsora_compiler.cli.film import (
+    FilmOptions,
+    check_fit,
+    film_roles,
+    prompt_inputs,
+    save_film,
+)
 from odsora_compiler.cli.reporting import Reporter, guarded, print_table, size_text
 
 if TYPE_CHECKING:
     import torch
 
     from odsora_compiler.runtime.bundle import Bundle
-    from odsora_compiler.runtime.runner import Runner
+    from odsora_compiler.runtime.runner import Progress, Runner
     from odsora_compiler.runtime.trace import Trace
 
 HELP = """Run a bundle that odsora-compile wrote.
 
-Inputs and outputs are safetensors files with one tensor a name. Without inputs, the names, types
-and shapes that the bundle takes and gives are printed. Loading a bundle runs no code of it.
+A bundle of a whole text-to-video pipeline makes a film of a prompt. Any bundle runs on tensors:
+inputs and outputs are safetensors files with one tensor a name. Without a prompt or inputs, the
+names, types and shapes that the bundle takes and gives are printed. Loading a bundle runs no code
+of it.
 
 Examples:
 
     odsora-run model.odsora
+
+    odsora-run film.odsora --prompt "a red circle moving left" --seed 7 -o film.mp4
 
     odsora-run model.odsora --inputs in.safetensors -o out.safetensors
 
@@ -36,6 +47,9 @@ Examples:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
+_FILMS = "Films"
+_TENSORS = ".safetensors"
+
 
 @app.command(help=HELP)
 def run_command(
@@ -45,7 +59,16 @@ def run_command(
         bool, typer.Option("--example", help="Run on the example inputs the bundle carries.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Where to write the outputs, safetensors.")
+        Path | None,
+        typer.Option(
+            "-o",
+            "--out",
+            help="What to write: .safetensors has the outputs; .mp4 and .gif a film, .png a sheet "
+            "of its frames (default with a prompt: BUNDLE-SEED.mp4).",
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of all that is drawn at random (default: 0).")
     ] = None,
     function: Annotated[
         str, typer.Option(help="Function of the component to call (default: what the host calls).")
@@ -61,66 +84,169 @@ def run_command(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress on stderr.")] = False,
+    prompt: Annotated[
+        str | None, typer.Option(help="What the film shows.", rich_help_panel=_FILMS)
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            help="How much the prompt weighs (default: the bundle's).", rich_help_panel=_FILMS
+        ),
+    ] = None,
+    aesthetic_score: Annotated[
+        float | None,
+        typer.Option(
+            help="0 to 10, told to the model with the prompt (default: the bundle's).",
+            rich_help_panel=_FILMS,
+        ),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HEIGHTxWIDTH",
+            help="The size the film must have; a bundle makes one.",
+            rich_help_panel=_FILMS,
+        ),
+    ] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(help="Write the first frames only (default: all).", rich_help_panel=_FILMS),
+    ] = None,
+    fps: Annotated[
+        float | None,
+        typer.Option(help="Frames a second (default: the bundle's).", rich_help_panel=_FILMS),
+    ] = None,
+    scale: Annotated[
+        int | None,
+        typer.Option(
+            help="Repeat every pixel so often (default: until the shorter side has 128).",
+            rich_help_panel=_FILMS,
+        ),
+    ] = None,
 ) -> None:
     """Parse the command line; see HELP."""
+    options = FilmOptions(prompt, guidance, aesthetic_score, size, frames, fps, scale)
+    if prompt is not None and out is None:
+        out = Path(f"{bundle.resolve().stem}-{seed or 0}.mp4")
 
     def work() -> None:
-        from odsora_compiler.errors import UsageError
-        from odsora_compiler.pipeline.options import ByteSize
         from odsora_compiler.runtime.bundle import Bundle
         from odsora_compiler.runtime.executors import make_executor
+        from odsora_compiler.runtime.film import is_film
+        from odsora_compiler.runtime.prompt import check_seed
         from odsora_compiler.runtime.runner import Runner
         from odsora_compiler.runtime.trace import Trace
 
-        try:
-            budget = ByteSize.parse(memory_budget) if memory_budget else None
-        except ValueError as error:
-            raise UsageError(
-                f"--memory-budget: {error}", "For example --memory-budget 1GB"
-            ) from error
-        if inputs is not None and example:
-            raise UsageError("--inputs and --example exclude each other", "Give one of them.")
-        if out is not None and out.exists() and not force:
-            raise UsageError(f"{out} exists", "Give --force to replace it, or another -o.")
-        for file in (out, trace):
-            if file is not None and not file.absolute().parent.is_dir():
-                raise UsageError(f"{file.absolute().parent}: no such folder", "Create it first.")
-        if out is not None and out.is_dir():
-            raise UsageError(f"{out} is a folder", "Name a file, such as -o out.safetensors.")
-        opened, chosen = Bundle(bundle), make_executor(executor)
-        record = Trace()
+        budget = _budget(memory_budget)
+        sources = [prompt is not None, inputs is not None, example]
+        _check_sources(sources, out)
+        writes_film = out is not None and is_film(out)
+        options.check(writes_film)
+        check_seed(seed or 0)
+        _check_files(out, trace, force)
+        opened, record = Bundle(bundle), Trace()
+        runner = Runner(opened, make_executor(executor), budget, record)
+        if not any(sources):
+            _print_signature(runner, opened)
+            return
+        roles = film_roles(opened, runner) if writes_film or prompt is not None else None
+        if roles is not None:
+            check_fit(options, roles, runner)
         with Reporter(quiet) as reporter:
-            runner = Runner(opened, chosen, budget, record, lambda _, text: reporter.step(text))
-            if inputs is None and not example:
-                _print_signature(runner, opened)
-                return
             expected: dict[str, torch.Tensor] = {}
-            if inputs is not None:
+            if prompt is not None and roles is not None:
+                tensors = prompt_inputs(options, roles, runner, seed or 0, reporter.say)
+            elif inputs is not None:
                 tensors = _read(inputs)
             else:
                 tensors, expected = opened.examples()
             with reporter.stage("run"):
-                results = runner.run(tensors, function or None)
-        if out is not None:
-            _write(results, out)
-        if trace is not None:
-            _save_trace(record, trace)
-        rows = [
-            [name, str(list(value.shape)), f"{float(value.float().std(correction=0)):.5g}"]
-            for name, value in results.items()
-        ]
-        print_table("outputs", ["output", "shape", "standard deviation "], rows)
-        if expected and not function:
-            from odsora_compiler.ir.drift import measure_drift
-
-            print(f"against PyTorch: {measure_drift(results, expected)}")
+                results, calls = _run(runner, tensors, function, seed or 0, reporter)
+            said = ""
+            if out is not None:
+                with reporter.stage("write"):
+                    if roles is not None and writes_film:
+                        said = save_film(results[roles.video], out, options, roles)
+                    else:
+                        said = _write(results, out)
+            if trace is not None:
+                _save_trace(record, trace)
+        if not writes_film:
+            _print_outputs(results, {} if function or seed else expected)
+        if said:
+            print(said)
         print(
-            f"compute {record.seconds('compute'):.2f} s, load {record.seconds('load'):.2f} s, "
-            f"peak weights {size_text(runner.peak_weight_bytes)}"
-            + (f"; wrote {out}" if out is not None else "")
+            f"{calls}; compute {record.seconds('compute'):.2f} s, load "
+            f"{record.seconds('load'):.2f} s, peak weights {size_text(runner.peak_weight_bytes)}"
         )
 
-    guarded(work)
+    guarded(work, f"nothing was left at {out}" if out else "")
+
+
+def _budget(text: str) -> int | None:
+    from odsora_compiler.errors import UsageError
+    from odsora_compiler.pipeline.options import ByteSize
+
+    try:
+        return ByteSize.parse(text) if text else None
+    except ValueError as error:
+        raise UsageError(f"--memory-budget: {error}", "For example --memory-budget 1GB") from error
+
+
+def _check_sources(given: list[bool], out: Path | None) -> None:
+    """At most one of a prompt, inputs and the example; one where something is to be written."""
+    from odsora_compiler.errors import UsageError
+
+    if sum(given) > 1:
+        raise UsageError("--prompt, --inputs and --example exclude each other", "Give one of them.")
+    if out is not None and not any(given):
+        raise UsageError(f"nothing to compute for {out}", "Give --prompt, --inputs or --example.")
+
+
+def _check_files(out: Path | None, trace: Path | None, force: bool) -> None:
+    from odsora_compiler.errors import UsageError
+    from odsora_compiler.runtime.film import EXTENSIONS
+    from odsora_compiler.runtime.output_file import check_output_file
+
+    known = (*EXTENSIONS, _TENSORS)
+    if out is not None:
+        if out.suffix.lower() not in known and not out.is_dir():
+            raise UsageError(
+                f"{out}: nothing can be written as '{out.suffix}'",
+                f"Known extensions: {', '.join(known)} (.png: a sheet of frames).",
+            )
+        check_output_file(out, force)
+    if trace is not None:
+        check_output_file(trace, force=True)
+
+
+def _run(
+    runner: Runner, tensors: dict[str, torch.Tensor], function: str, seed: int, reporter: Reporter
+) -> tuple[dict[str, torch.Tensor], str]:
+    """The outputs, and in words how often each component was called."""
+    calls: dict[str, str] = {}
+    with reporter.bars() as bars:
+
+        def watch(done: Progress) -> None:
+            bars.update(done.component, done.call, done.calls, done.chunk / done.chunks)
+            calls[done.component] = f"{done.component} {done.call} of {done.calls} calls"
+
+        runner.progress = watch
+        results = runner.run(tensors, function or None, seed)
+    return results, ", ".join(calls.values())
+
+
+def _print_outputs(results: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """What the outputs are, and how far from `expected`, where that is known."""
+    rows = [
+        [name, str(list(value.shape)), f"{float(value.float().std(correction=0)):.5g}"]
+        for name, value in results.items()
+    ]
+    print_table("outputs", ["output", "shape", "standard deviation "], rows)
+    if expected:
+        from odsora_compiler.ir.drift import measure_drift
+
+        print(f"against PyTorch: {measure_drift(results, expected)}")
 
 
 def _print_signature(runner: Runner, bundle: Bundle) -> None:
@@ -129,6 +255,8 @@ def _print_signature(runner: Runner, bundle: Bundle) -> None:
     for name, component in bundle.manifest.components.items():
         rows += [["function", f"{name}.{function}"] for function in component.functions]
     print_table(f"{bundle.manifest.name} [{bundle.manifest.pipeline}]", ["", ""], rows)
+    if bundle.manifest.text_to_video is not None:
+        print(f'It makes films: odsora-run {bundle.path} --prompt "…" -o film.mp4')
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
@@ -138,29 +266,28 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     return {name: files.load(name) for name in files.names()}
 
 
-def _write(results: dict[str, torch.Tensor], out: Path) -> None:
+def _write(results: dict[str, torch.Tensor], out: Path) -> str:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from odsora_compiler.errors import RunError
+    from odsora_compiler.runtime.output_file import output_file
 
-    partial = out.with_name(f".{out.name}.partial")
+    # Copied, because two outputs may be one tensor, which the format does not hold.
+    tensors = {name: value.clone().contiguous() for name, value in results.items()}
     try:
-        # Copied, because two outputs may be one tensor, which the format does not hold.
-        save_file({name: value.clone().contiguous() for name, value in results.items()}, partial)
-        partial.replace(out)
-    except Exception as error:
-        raise RunError(f"{out} cannot be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        with output_file(out) as partial:
+            save_file(tensors, partial)
+    except SafetensorError as error:
+        raise RunError(f"{out} cannot be written: {error}", "Choose another -o.") from error
+    return f"wrote {out}"
 
 
 def _save_trace(record: Trace, path: Path) -> None:
-    from odsora_compiler.errors import RunError
+    from odsora_compiler.runtime.output_file import output_file
 
-    try:
-        record.save(path)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written ({error.strerror})") from error
+    with output_file(path) as partial:
+        record.save(partial)
 
 
 def main() -> None:

@@ -50,7 +50,8 @@ Tensors = Mapping[str, torch.Tensor]
 Call = Callable[[Operation, dict[str, torch.Tensor]], Tensors]
 
 # PyTorch's generator on the CPU looks at 32 bits of its seed. The factor is Knuth's for hashing by
-# multiplication: neighbouring seeds of runs and of operations give no equal sums.
+# multiplication: neighbouring seeds of runs and of operations give no equal sums. And 1, because the
+# noise that a run starts from is drawn with the run's own seed, which may be 0.
 _SEED_FACTOR, _SEED_RANGE = 2654435761, 1 << 32
 
 
@@ -133,7 +134,7 @@ class HostProgram:
                     cast(Draw, item["kind"]),
                     item["shape"],
                     getattr(torch, item["dtype"]),
-                    (seed * _SEED_FACTOR + item["seed"]) % _SEED_RANGE,
+                    (seed * _SEED_FACTOR + item["seed"] + 1) % _SEED_RANGE,
                 )
             else:
                 _run_operator(item, values)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Protocol
 
@@ -230,9 +231,10 @@ class CastWeights:
     """A store seen with the shapes, dtypes and names a model declares.
 
     `specs` are the model's; `aliases` maps a name of the model to other names of the same tensor,
-    of which the store needs to have one (tied parameters are stored once). Raises `WeightsError`
-    naming every missing, extra and misshaped weight, and every float stored as a whole number or
-    the other way round.
+    of which the store needs to have one (tied parameters are stored once). `unused`: patterns of
+    names (`"decoder.*"`) that the store may have beyond the model's. Raises `WeightsError` naming
+    every missing, extra and misshaped weight, and every float stored as a whole number or the other
+    way round.
     """
 
     def __init__(
@@ -241,10 +243,12 @@ class CastWeights:
         specs: Mapping[str, WeightSpec],
         aliases: Mapping[str, Sequence[str]] | None = None,
         origin: str = "the weights",
+        unused: Sequence[str] = (),
     ) -> None:
         self._store = store
         self._specs = dict(specs)
         have = set(store.names())
+        self._unused = unused
         self._source = {
             name: next((n for n in (name, *(aliases or {}).get(name, ())) if n in have), name)
             for name in self._specs
@@ -267,7 +271,11 @@ class CastWeights:
 
     def _check(self, have: set[str], origin: str) -> None:
         missing = [name for name, source in self._source.items() if source not in have]
-        extra = sorted(have - set(self._source.values()) - set(self._specs))
+        extra = sorted(
+            name
+            for name in have - set(self._source.values()) - set(self._specs)
+            if not any(fnmatchcase(name, pattern) for pattern in self._unused)
+        )
         misshaped = [
             f"{name} {list(self._store.spec(source).shape)} instead of "
             f"{list(self._specs[name].shape)}"
@@ -303,13 +311,21 @@ def _writes(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _shards(path: Path) -> list[Path]:
-    if path.suffix in {".pt", ".pth", ".bin", ".ckpt"}:
+PICKLED = {".pt", ".pth", ".bin", ".ckpt"}
+
+
+def refuse_pickled(path: Path) -> None:
+    """Raise `WeightsError` that says how to convert a checkpoint whose loading would run code."""
+    if path.suffix in PICKLED:
         raise WeightsError(
             f"{path}: loading it would run code stored in it",
             "Convert it once where you trust it: state = torch.load(path, weights_only=True); "
             "safetensors.torch.save_file(state, 'weights.safetensors').",
         )
+
+
+def _shards(path: Path) -> list[Path]:
+    refuse_pickled(path)
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -326,6 +342,8 @@ def _shards(path: Path) -> list[Path]:
     if not indexes:
         files = sorted(path.glob("*.safetensors"))
         if not files:
+            for file in sorted(path.iterdir()):
+                refuse_pickled(file)
             raise WeightsError(f"{path}: the folder holds no .safetensors file")
         return files
     try:

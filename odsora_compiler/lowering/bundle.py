@@ -103,7 +103,7 @@ def _without_tokenizer(roles: TextToVideo | None, folder: Path) -> TextToVideo |
     """`roles` for the manifest; the tokenizer becomes a file of its own."""
     if roles is None:
         return None
-    (folder / TOKENIZER_NAME).write_text(roles.tokenizer)
+    (folder / TOKENIZER_NAME).write_text(roles.tokenizer, encoding="utf-8")
     return replace(roles, tokenizer="")
 
 

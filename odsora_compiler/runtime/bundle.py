@@ -64,10 +64,11 @@ class Bundle:
         if roles is None:
             return None
         try:
-            return replace(roles, tokenizer=(self.path / TOKENIZER_NAME).read_text())
-        except OSError as error:
+            text = (self.path / TOKENIZER_NAME).read_text(encoding="utf-8")
+            return replace(roles, tokenizer=text)
+        except (OSError, UnicodeDecodeError) as error:
             raise PackageError(
-                f"{self.path}: {TOKENIZER_NAME} cannot be read ({error.strerror})",
+                f"{self.path}: {TOKENIZER_NAME} cannot be read ({error})",
                 "Copy the bundle again or recompile it.",
             ) from error
 

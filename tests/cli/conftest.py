@@ -7,6 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+from typer.testing import Result as CommandResult
+
+from odsora_compiler.cli.run import app
 
 MODEL = """
 import torch
@@ -44,7 +48,7 @@ def build(width: int = 32, depth: int = 4, seed: int = 0):
     )
 """
 
-Command = Callable[..., subprocess.CompletedProcess[str]]
+InFolder = Callable[..., CommandResult]
 
 
 def run(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -58,6 +62,22 @@ def run(*command: object, cwd: Path, **environment: str) -> subprocess.Completed
         text=True,
         timeout=280,
     )
+
+
+@pytest.fixture
+def odsora_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> InFolder:
+    """odsora-run in this process, in an empty folder; asserts that there is no traceback.
+
+    Much quicker than `run`, which starts a process and imports PyTorch anew.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> CommandResult:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.output
+        return result
+
+    return call
 
 
 @pytest.fixture
