@@ -20,9 +20,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from processes import folder_bytes, timed
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "open_sora" / "stdit3.py"
@@ -144,20 +145,6 @@ def measure(setting: Setting, runs: int, verified: bool) -> None:
         )
 
 
-def timed(command: list[str]) -> tuple[float, int]:
-    """Seconds and peak resident bytes of a finished process, by the operating system's account."""
-    begin = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    seconds = time.perf_counter() - begin
-    if process.returncode != 0:
-        sys.exit(f"{' '.join(command)} failed:\n{errors.decode()[-4000:]}")
-    return seconds, usage.ru_maxrss * 1024
-
-
 def write_weights(setting: Setting) -> None:
     """Random weights of the model, float32, one safetensors file."""
     from safetensors.torch import save_file
@@ -197,11 +184,6 @@ def plain_weight_bytes(setting: Setting) -> int:
 
     files = FileWeights(setting.weights)
     return sum(2 * files.spec(name).elements for name in files.names())
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below `folder`."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 @hookimpl
 def odsora_passes() -> Iterable[type[Pass]]:
-    """`tdtm` and `cidl`."""
+    """`tdtm`, `lpl` and `cidl`."""
     from .cidl import CIDL
+    from .lpl import LPL
     from .tdtm import TDTM
 
-    return [TDTM, CIDL]
+    return [TDTM, LPL, CIDL]

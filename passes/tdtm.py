@@ -57,7 +57,9 @@ class TDTM(Pass):
         "½, 2½, 4½, … of the merged frames",
     )
     steps: int | None = option(
-        None, "merge in this many first calls of the component by the host; none: in all"
+        None,
+        "merge in this many first steps of the host, a step being calls that do not need each "
+        "other's results; none: in all",
     )
 
     def __post_init__(self) -> None:
@@ -76,6 +78,9 @@ class TDTM(Pass):
         for component in program.components.values():
             if self._derive(component, context):
                 program.redirect(component.name, "base", "tdtm", first=self.steps)
+                count = len(program.steps(component.name))
+                if self.steps is not None and self.steps >= count:
+                    context.note(f"{component.name}: steps={self.steps}, all {count} of the host")
 
     def _derive(self, component: Component, context: Context) -> bool:
         function = component.derive("tdtm")

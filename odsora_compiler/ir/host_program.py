@@ -50,8 +50,8 @@ Tensors = Mapping[str, torch.Tensor]
 Call = Callable[[Operation, dict[str, torch.Tensor]], Tensors]
 
 # PyTorch's generator on the CPU looks at 32 bits of its seed. The factor is Knuth's for hashing by
-# multiplication: neighbouring seeds of runs and of operations give no equal sums. And 1, because the
-# noise that a run starts from is drawn with the run's own seed, which may be 0.
+# multiplication: neighbouring seeds of runs and of operations give no equal sums. One is added
+# because the noise that a run starts from is drawn with the run's own seed, which may be 0.
 _SEED_FACTOR, _SEED_RANGE = 2654435761, 1 << 32
 
 

@@ -467,6 +467,12 @@ def test_steps_merge_in_the_first_calls_only() -> None:
 
     _, _, program = one_block(plain)
     call_twice(program)
+    context = run(program, steps=15)
+    assert [node.args[1] for node in program.calls()] == ["tdtm", "tdtm"]
+    assert context.notes[-1] == "model: steps=15, all 2 of the host"
+
+    _, _, program = one_block(plain)
+    call_twice(program)
     run(program)
     assert [node.args[1] for node in program.calls()] == ["tdtm", "tdtm"]
 
