@@ -2,14 +2,19 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/ready
+PROMPT ?= a red circle moving left
+SEED ?= 7
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench quality clean
 
 demo: $(READY)
 	mkdir -p out
-	$(BIN)/odsora-compile examples/open_sora/stdit3.py --passes tdtm,cidl \
-	    -o out/stdit3.odsora --force
-	$(BIN)/odsora-run out/stdit3.odsora --example -o out/v.safetensors --force
+	$(BIN)/odsora-compile examples/shapes/pipeline.py --passes tdtm,lpl,cidl \
+	    -o out/shapes.odsora --force
+	$(BIN)/odsora-run out/shapes.odsora --prompt '$(PROMPT)' --seed $(SEED) \
+	    -o out/film.mp4 --force
+	$(BIN)/odsora-run out/shapes.odsora --prompt '$(PROMPT)' --seed $(SEED) \
+	    -o out/film.png --force
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2
@@ -21,6 +26,10 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/compile.py
+
+quality: $(READY)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[benchmarks]'
+	$(BIN)/python benchmarks/quality.py --plot docs/quality.png
 
 $(READY): setup.cfg pyproject.toml constraints.txt $(wildcard plugins/*/setup.cfg)
 	$(PYTHON) -m venv .venv

@@ -12,20 +12,33 @@ if TYPE_CHECKING:
     from odsora_compiler.driver.compiler import lower as lower
     from odsora_compiler.frontend.capture import capture as capture
     from odsora_compiler.frontend.spec import ModelSpec as ModelSpec
+    from odsora_compiler.frontend.spec import PipelineSpec as PipelineSpec
     from odsora_compiler.ir.program import Program as Program
+    from odsora_compiler.ir.text_to_video import TextToVideo as TextToVideo
     from odsora_compiler.pipeline.manager import run_passes as run_passes
     from odsora_compiler.runtime.runner import load as load
 
 _HOMES = {
     "ModelSpec": "odsora_compiler.frontend.spec",
+    "PipelineSpec": "odsora_compiler.frontend.spec",
     "Program": "odsora_compiler.ir.program",
+    "TextToVideo": "odsora_compiler.ir.text_to_video",
     "capture": "odsora_compiler.frontend.capture",
     "load": "odsora_compiler.runtime.runner",
     "lower": "odsora_compiler.driver.compiler",
     "run_passes": "odsora_compiler.pipeline.manager",
 }
 
-__all__ = ["ModelSpec", "Program", "capture", "load", "lower", "run_passes"]
+__all__ = [
+    "ModelSpec",
+    "PipelineSpec",
+    "Program",
+    "TextToVideo",
+    "capture",
+    "load",
+    "lower",
+    "run_passes",
+]
 
 
 def __getattr__(name: str) -> Any:

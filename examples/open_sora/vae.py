@@ -147,6 +147,15 @@ class VideoVAE(nn.Module):
             self.register_buffer("scale", torch.tensor(LATENT_SCALE).reshape(1, -1, 1, 1, 1))
             self.register_buffer("shift", torch.tensor(LATENT_SHIFT).reshape(1, -1, 1, 1, 1))
 
+    def parts(self) -> tuple[VideoVAE, VideoVAE]:
+        """The temporal and the spatial part as modules of their own, over the same parameters."""
+        temporal = VideoVAE(None, None, self.group_frames)
+        spatial = VideoVAE(None, None, self.group_frames)
+        temporal.temporal_vae, spatial.spatial_vae = self.temporal_vae, self.spatial_vae
+        temporal.register_buffer("scale", self.scale)
+        temporal.register_buffer("shift", self.shift)
+        return temporal, spatial
+
     def forward(self, z: Tensor, frames: int) -> dict[str, Tensor]:
         """The `video` [B, 3, frames, 8·H, 8·W], about -1..1, of the latent z [B, z, T, H, W].
 
@@ -347,6 +356,7 @@ class SpatialVAE(nn.Module):
     def __init__(self, config: SpatialVAEConfig) -> None:
         super().__init__()
         self.module = _autoencoder(config)
+        self.factor = 2 ** (len(config.block_out_channels) - 1)  # pixels that a latent is high
 
     def decode(self, latents: Tensor) -> Tensor:
         """[B, z, frames, H, W] to pictures [B, 3, frames, 8·H, 8·W] (8 in the release)."""

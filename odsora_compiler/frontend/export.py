@@ -11,15 +11,11 @@ import dataclasses
 import io
 import logging
 import operator
-import os
 import re
-import sysconfig
-import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +31,14 @@ from torch.utils import _pytree as pytree
 
 from odsora_compiler.errors import CaptureError
 from odsora_compiler.frontend.decompose import can_take_apart, is_composite_view, recipe
+from odsora_compiler.frontend.operators import (
+    CASTS,
+    draws,
+    drop_dead,
+    plain_form,
+    refuse_foreign,
+)
+from odsora_compiler.frontend.source import failing_line, is_torch, line_name
 from odsora_compiler.ir.function import Function, Provenance
 from odsora_compiler.ir.inference import canonical, infer
 
@@ -91,6 +95,34 @@ def refuse_repeated(names: Iterable[str], what: str) -> None:
         )
 
 
+@contextmanager
+def quiet_torch() -> Iterator[None]:
+    """Within it, PyTorch logs nothing, such as the tracebacks of errors that it also raises."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def named_tensors(returned: Any, taken: Container[str]) -> dict[str, torch.Tensor]:
+    """The tensors in what a function returned, by the names of outputs.
+
+    A key, attribute or `key_path` inside trees; `output` for a tensor alone. `taken`: names of
+    inputs, which no output may have. Raises `CaptureError` when two have one name.
+    """
+    leaves, _ = pytree.tree_flatten_with_path(_dataclasses_to_dicts(returned))
+    named = [
+        (_output_name(_path_name(path), taken), leaf)
+        for path, leaf in leaves
+        if isinstance(leaf, torch.Tensor)
+    ]
+    refuse_repeated((name for name, _ in named), "output")
+    return dict(named)
+
+
 # ------------------------------------------------------------------ from ExportedProgram
 
 
@@ -132,9 +164,14 @@ def _lift(exported: torch.export.ExportedProgram, inputs: Mapping[str, Any]) -> 
             mapping[node] = _convert(node, mapping, graph)
     output_names, results = _outputs(exported, mapping)
     graph.output(tuple(results)).meta["names"] = tuple(output_names)
-    function = Function("base", graph)
-    _drop_dead(function)
-    return function
+    drop_dead(graph)
+    return Function("base", graph)
+
+
+def _output_name(path: str, taken: Container[str]) -> str:
+    name = path or "output"
+    # A package has one name space for what goes in and what comes out.
+    return f"output_{name}" if name[0].isdigit() or name in taken else name
 
 
 def _leaf_names(inputs: Mapping[str, Any]) -> list[str]:
@@ -165,15 +202,9 @@ def _dataclasses_to_dicts(value: Any) -> Any:
 @contextmanager
 def _quiet_tracing() -> Iterator[None]:
     """Keep what PyTorch prints while tracing off stderr; our errors say what matters of it."""
-    logger = logging.getLogger("torch")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    with quiet_torch(), warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _convert(node: fx.Node, mapping: dict[fx.Node, Any], graph: fx.Graph) -> Any:
@@ -197,7 +228,7 @@ def _convert(node: fx.Node, mapping: dict[fx.Node, Any], graph: fx.Graph) -> Any
     kwargs: Any = fx.node.map_arg(node.kwargs, mapping.__getitem__)
     if target is operator.getitem and isinstance(args[0], list):
         return args[0][args[1]]
-    if target in _CASTS or not is_composite_view(target):
+    if target in CASTS or not is_composite_view(target):
         return _add(graph, node, target, args, kwargs)
 
     def call(part: Any, args: Any, kwargs: Any) -> fx.Node:
@@ -213,56 +244,25 @@ def _convert(node: fx.Node, mapping: dict[fx.Node, Any], graph: fx.Graph) -> Any
 
 def _add(graph: fx.Graph, origin: fx.Node, target: Any, args: Any, kwargs: Any) -> fx.Node:
     """Add one operator call, or return its argument where the operator changes nothing."""
-    kwargs = {key: arg for key, arg in kwargs.items() if key not in _PLACEMENT}
-    if target in _IDENTITIES:
-        same: fx.Node = args[0]
-        return same
-    if target in _CASTS:
-        dtype = infer(target, args, kwargs).dtype
-        if args[0].meta["val"].dtype == dtype:
-            source: fx.Node = args[0]
-            return source
-        target, args, kwargs = aten._to_copy.default, args[:1], {"dtype": dtype}
-    target = _SAME.get(target, target)
-    _refuse_unfit(target, origin)
+    form = plain_form(target, args, kwargs)
+    if isinstance(form, fx.Node):
+        return form
+    target, args, kwargs = form
+    _refuse_unfit(origin, target, args, kwargs)
     made = graph.create_node("call_function", target, args, kwargs, name=origin.name)
     made.meta["val"] = infer(target, args, kwargs)
     made.meta["provenance"] = _provenance(origin)
     return made
 
 
-def _refuse_unfit(target: Any, node: fx.Node) -> None:
+def _refuse_unfit(node: fx.Node, target: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
     place = _source(node) or node.name
-    if target is operator.getitem:
-        return
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in ("aten", "prims"):
-        raise CaptureError(
-            f"{place}: {target} is not an operator of PyTorch's ATen set",
-            "Write this part of the model with tensor operators only.",
-        )
-    if torch.Tag.nondeterministic_seeded in target.tags and not _draws_nothing(node):
+    refuse_foreign(target, place)
+    if draws(target, args, kwargs):
         raise CaptureError(
             f"{place}: {target} draws random numbers",
             "Draw them outside and give them to the model as an input.",
         )
-    if target in _BY_MEMORY:
-        raise CaptureError(
-            f"{place}: {target} depends on how values lie in memory",
-            "Use reshape, permute, unfold or slices instead.",
-        )
-
-
-def _draws_nothing(node: fx.Node) -> bool:
-    """Whether a random operator drops out with probability 0, or not in evaluation."""
-    schema: Any = node.target
-    for index, argument in enumerate(schema._schema.arguments):
-        if argument.name in ("dropout_p", "p", "dropout"):
-            given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
-            if not (argument.default_value if given is None else given):
-                return True
-        if argument.name == "train" and index < len(node.args):
-            return not node.args[index]
-    return False
 
 
 def _sizes(value: Any) -> Iterator[Any]:
@@ -275,25 +275,6 @@ _CHECKS = {
     aten._assert_async.msg,
     aten._assert_scalar.default,
 }
-_IDENTITIES = {
-    aten.alias.default,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.detach.default,
-    aten.detach_.default,
-    aten.lift_fresh_copy.default,
-}
-_CASTS = {
-    aten._to_copy.default,
-    aten.to.dtype,
-    aten.to.dtype_layout,
-    aten.to.device,
-    aten.to.other,
-    aten.type_as.default,
-}
-_BY_MEMORY = {aten.as_strided.default, aten.as_strided_copy.default, aten.view.dtype}
-_SAME = {aten._unsafe_view.default: aten.view.default, aten.reshape.default: aten.view.default}
-_PLACEMENT = {"device", "pin_memory", "layout", "memory_format", "non_blocking"}
 
 
 def _outputs(
@@ -315,22 +296,12 @@ def _outputs(
     user_outputs = [spec for spec in specs if spec.kind is OutputKind.USER_OUTPUT]
     for index, spec in enumerate(user_outputs):
         if isinstance(spec.arg, TensorArgument):
-            name = paths[index] or "output"
-            # A package has one name space for what goes in and what comes out.
-            if name[0].isdigit() or name in taken:
-                name = f"output_{name}"
-            names.append(name)
+            names.append(_output_name(paths[index], taken))
             results.append(mapping[by_name[spec.arg.name]])
     if not results:
         raise CaptureError("the model returns no tensor", "Return tensors, or a tree of them.")
     refuse_repeated(names, "output")
     return names, results
-
-
-def _drop_dead(function: Function) -> None:
-    for node in reversed(list(function.graph.nodes)):
-        if not node.users and node.op in ("call_function", "get_attr"):
-            function.graph.erase_node(node)
 
 
 def _provenance(node: fx.Node) -> Provenance:
@@ -342,34 +313,12 @@ def _provenance(node: fx.Node) -> Provenance:
 def _source(node: fx.Node) -> str:
     lines = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', node.meta.get("stack_trace") or "")
     # The innermost line outside PyTorch: for a layer, the line that calls it.
-    written = [item for item in lines if not item[0].startswith(_TORCH)]
-    if not written:
-        return ""
-    file, line, where = written[-1]
-    return f"{Path(file).name}:{line} in {where}"
-
-
-_TORCH = str(Path(torch.__file__).parent) + os.sep
-_FRONTEND = str(Path(__file__).parent) + os.sep
-_STDLIB = sysconfig.get_path("stdlib") + os.sep
-
-
-def _is_model_code(filename: str) -> bool:
-    if filename.startswith((_TORCH, _FRONTEND, "<")):
-        return False
-    return not filename.startswith(_STDLIB) or "site-packages" in filename
+    written = [item for item in lines if not is_torch(item[0])]
+    return line_name(*written[-1]) if written else ""
 
 
 def _tracing_error(error: Exception) -> CaptureError:
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if _is_model_code(frame.filename)
-    ]
-    place = ""
-    if frames:
-        frame = frames[-1]
-        place = f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}: `{frame.line}`"
+    place = failing_line(error)
     text = str(error).strip().splitlines()
     first = text[0] if text else type(error).__name__
     data_dependent = any(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from odsora_compiler.errors import CaptureError, UsageError, nearest
-from odsora_compiler.frontend.spec import ModelSpec
+from odsora_compiler.frontend.spec import ModelSpec, PipelineSpec
 
 _COUNTER = itertools.count()
 
@@ -64,7 +64,9 @@ def parse_options(build: Callable[..., Any], settings: Mapping[str, str]) -> dic
     }
 
 
-def call_build(build: Callable[..., Any], options: Mapping[str, Any], path: Path) -> ModelSpec:
+def call_build(
+    build: Callable[..., Any], options: Mapping[str, Any], path: Path
+) -> ModelSpec | PipelineSpec:
     """Call `build(**options)`; raises naming the option or the line at fault."""
     parameters = _parameters(build)
     if parameters is not None:
@@ -88,10 +90,10 @@ def call_build(build: Callable[..., Any], options: Mapping[str, Any], path: Path
             spec = build(**options)
     except (Exception, SystemExit) as error:
         raise CaptureError(f"{path}: build() raised {_describe(error, path)}") from error
-    if not isinstance(spec, ModelSpec):
+    if not isinstance(spec, ModelSpec | PipelineSpec):
         raise CaptureError(
             f"{path}: build() returned {type(spec).__name__}, not a ModelSpec",
-            "Return odsora_compiler.ModelSpec(module, inputs, axes).",
+            "Return odsora_compiler.ModelSpec(module, inputs, axes), or a PipelineSpec.",
         )
     return spec
 

@@ -1,0 +1,301 @@
+"""What sampler rewrites and token merging cost and give: films scored from their pixels.
+
+    python benchmarks/quality.py --plot docs/quality.png    both tables: tens of minutes
+    python benchmarks/quality.py --films 4 --table rows     a quick look
+
+The model is examples/shapes. Prompts (all 48 in turn) and seeds are the same for every row, rows
+alternate film by film. `rows`: each row is the program after the row's passes, run by PyTorch in
+fp32. `bundles`: the compiled packages (fp16) without passes and with both passes at their defaults,
+run by the interpreter. Both print a Markdown table:
+
+    calls      denoiser calls a film        GFLOP   of the denoiser a film
+    time       seconds a film               of full that time over the full sampler's
+    adherence  % of films in which colour, shape and direction are read as the prompt says
+    motion     mean absolute difference of neighbouring frames, levels of 255
+    PSNR, SSIM against the full sampler's film of the same prompt and seed, mean and standard error
+
+Measures are those of examples/shapes/reading.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+import odsora_compiler as odsora
+from odsora_compiler.analysis.cost import function_flops
+from odsora_compiler.ir.program import Program
+from odsora_compiler.ir.reference import evaluate_program
+from odsora_compiler.runtime.prompt import host_inputs
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "examples" / "shapes" / "pipeline.py"
+sys.path.insert(0, str(MODEL.parent))
+
+import clips  # noqa: E402
+import reading  # noqa: E402
+
+DENOISER = "denoiser"
+STEPS = 30
+
+# A row's name → its passes and the sampler's steps; the first is what the others are compared with.
+Row = tuple[str, int]
+ROWS: dict[str, Row] = {
+    "full sampler": ("", STEPS),
+    "plain, 2/3 of the steps": ("", 20),
+    "plain, 1/2 of the steps": ("", 15),
+    "plain, 10 steps": ("", 10),
+    "plain, 6 steps": ("", 6),
+    "plain, 4 steps": ("", 4),
+    "lpl at 19": ("lpl{at=19}", STEPS),
+    "lpl at 14": ("lpl{at=14}", STEPS),
+    "lpl at 9": ("lpl{at=9}", STEPS),
+    "lpl at 5": ("lpl{at=5}", STEPS),
+    "lpl adaptive, slice": ("lpl{scope=slice}", STEPS),
+    "lpl adaptive, tensor": ("lpl{scope=tensor}", STEPS),
+    "lpl adaptive from step 5, slice": ("lpl{min_steps=5 scope=slice}", STEPS),
+    "lpl adaptive from step 5, tensor": ("lpl{min_steps=5 scope=tensor}", STEPS),
+    "tdtm all steps": ("tdtm{steps=none}", STEPS),
+    "tdtm all steps, center": ("tdtm{steps=none positions=center}", STEPS),
+    "tdtm first half": ("tdtm{steps=15}", STEPS),
+    "tdtm first half, center": ("tdtm{steps=15 positions=center}", STEPS),
+    "tdtm spatial": ("tdtm{steps=none sites=spatial}", STEPS),
+    "tdtm temporal": ("tdtm{steps=none sites=temporal}", STEPS),
+    "tdtm temporal, center": ("tdtm{steps=none sites=temporal positions=center}", STEPS),
+    "tdtm cross": ("tdtm{steps=none sites=cross}", STEPS),
+    "tdtm all steps, lpl at 14": ("tdtm{steps=none},lpl{at=14}", STEPS),
+    "tdtm first half, lpl at 14": ("tdtm{steps=15},lpl{at=14}", STEPS),
+    "tdtm first half, lpl at 9": ("tdtm{steps=15},lpl{at=9}", STEPS),
+    "tdtm first half, plain 15 steps": ("tdtm{steps=7}", 15),
+    "tdtm,lpl (the defaults)": ("tdtm,lpl", STEPS),
+}
+BUNDLES: dict[str, Row] = {"no passes": ("", STEPS), "tdtm,lpl": ("tdtm,lpl", STEPS)}
+
+
+@dataclass
+class Scores:
+    """What was measured of one row, a value for each film."""
+
+    calls: list[int] = field(default_factory=list)
+    flops: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    right: list[Mapping[str, bool]] = field(default_factory=list)
+    motion: list[float] = field(default_factory=list)
+    psnr: list[float] = field(default_factory=list)
+    ssim: list[float] = field(default_factory=list)
+
+    def adherence(self, what: str = "all") -> float:
+        """% of films right in `what`: colour, shape, direction or all."""
+        return 100 * statistics.fmean(right[what] for right in self.right)
+
+
+class Maker:
+    """Makes films with one row's program, in PyTorch or from its bundle."""
+
+    def __init__(self, row: Row, folder: Path | None = None) -> None:
+        passes, steps = row
+        program = odsora.capture(MODEL, {"steps": steps})
+        if passes:
+            program = odsora.run_passes(program, passes, verify="structure")
+        assert program.text_to_video is not None
+        self.program: Program = program
+        self.flops = {
+            name: function_flops(function)
+            for name, function in program.component(DENOISER).functions.items()
+        }
+        self._run: Callable[..., Mapping[str, torch.Tensor]] = self._in_pytorch
+        self._called: list[str] = []
+        if folder is not None:
+            bundle = odsora.lower(program, folder, verify="structure")
+            self._runner = odsora.load(bundle)
+            self._run = self._from_bundle
+
+    def film(self, prompt: str, seed: int, scores: Scores) -> torch.Tensor:
+        """[frames, 3, H, W] in 0..1; adds calls, FLOP and seconds to `scores`."""
+        program, roles = self.program, self.program.text_to_video
+        assert roles is not None
+        inputs, _ = host_inputs(roles, program.inputs, program.examples, prompt, seed)
+        self._called = []
+        start = time.perf_counter()
+        video = self._run(inputs, seed)[roles.video]
+        scores.seconds.append(time.perf_counter() - start)
+        scores.calls.append(len(self._called))
+        scores.flops.append(sum(self.flops[name] for name in self._called))
+        return (video[0].transpose(0, 1) / 2 + 0.5).clamp(0, 1)
+
+    def _in_pytorch(self, inputs: Any, seed: int) -> Mapping[str, torch.Tensor]:
+        def on_call(component: str, function: str, *_: Any) -> None:
+            if component == DENOISER:
+                self._called.append(function)
+
+        return evaluate_program(self.program, inputs, on_call, seed)
+
+    def _from_bundle(self, inputs: Any, seed: int) -> Mapping[str, torch.Tensor]:
+        def on_chunk(done: Any) -> None:
+            if done.component == DENOISER and done.chunk == done.chunks:
+                self._called.append(done.function)
+
+        self._runner.progress = on_chunk
+        return self._runner.run(inputs, seed=seed)
+
+
+def main() -> None:
+    """Parse the command line and print the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--films", type=int, default=48, help="films a row of `rows`")
+    parser.add_argument("--bundle-films", type=int, default=96, help="films a row of `bundles`")
+    parser.add_argument("--seed", type=int, default=1000, help="of the first film")
+    parser.add_argument("--table", choices=["rows", "bundles", "both"], default="both")
+    parser.add_argument("--plot", type=Path, help="write the Pareto plot of `rows` there (PNG)")
+    chosen = parser.parse_args()
+    if chosen.table != "bundles":
+        makers = {name: Maker(row) for name, row in ROWS.items()}
+        scores = measure(makers, chosen.films, chosen.seed)
+        print(f"{chosen.films} films a row, PyTorch, fp32, {torch.get_num_threads()} threads\n")
+        print_table(scores)
+        if chosen.plot:
+            plot(scores, chosen.plot)
+            print(f"\nwrote {chosen.plot}")
+    if chosen.table != "rows":
+        with tempfile.TemporaryDirectory() as folder:
+            makers = {
+                name: Maker(row, Path(folder) / f"{index}.odsora")
+                for index, (name, row) in enumerate(BUNDLES.items())
+            }
+            scores = measure(makers, chosen.bundle_films, chosen.seed)
+        print(f"\n{chosen.bundle_films} films a row, compiled bundles, fp16, interpreter\n")
+        print_table(scores)
+        plain, ours = scores.values()
+        faster = statistics.median(plain.seconds) / statistics.median(ours.seconds)
+        print(
+            f"\n{faster:.2f} times faster a film (medians), "
+            f"adherence {ours.adherence() - plain.adherence():+.1f} points"
+        )
+
+
+def measure(makers: Mapping[str, Maker], films: int, seed: int) -> dict[str, Scores]:
+    """Scores of every maker on the same prompts and seeds; the first one's films are the reference.
+
+    Each makes one film first that does not count.
+    """
+    scores = {name: Scores() for name in makers}
+    for maker in makers.values():
+        maker.film(clips.PROMPTS[0], seed, Scores())
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("films", total=films * len(makers))
+        for number in range(films):
+            # 7 has no factor in common with 48: neighbours differ in all they show.
+            subject = clips.SUBJECTS[7 * number % len(clips.SUBJECTS)]
+            reference: torch.Tensor | None = None
+            for name, maker in makers.items():
+                film = maker.film(subject.prompt, seed + number, scores[name])
+                reference = film if reference is None else reference
+                _score(scores[name], film, reference, subject)
+                progress.advance(task)
+    return scores
+
+
+def _score(
+    scores: Scores, film: torch.Tensor, reference: torch.Tensor, subject: clips.Subject
+) -> None:
+    scores.right.append(reading.read(film).agrees(subject))
+    scores.motion.append(reading.motion_energy(film))
+    if film is not reference:
+        scores.psnr.append(reading.psnr(film, reference))
+        scores.ssim.append(reading.ssim(film, reference))
+
+
+def print_table(scores: Mapping[str, Scores]) -> None:
+    """A Markdown table, one row a maker."""
+    full = statistics.median(next(iter(scores.values())).seconds)
+    print(
+        "| | calls | GFLOP | time, s | of full | adherence, % | colour | shape | direction "
+        "| motion | PSNR, dB | SSIM |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    for name, row in scores.items():
+        seconds = statistics.median(row.seconds)
+        cells = [
+            f"{statistics.fmean(row.calls):.1f}",
+            f"{statistics.fmean(row.flops) / 1e9:.1f}",
+            f"{seconds:.2f}",
+            f"{seconds / full:.2f}",
+            *(f"{row.adherence(what):.1f}" for what in ("all", "colour", "shape", "direction")),
+            f"{statistics.fmean(row.motion):.2f}",
+            _with_error(row.psnr, ".1f"),
+            _with_error(row.ssim, ".3f"),
+        ]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def _with_error(values: Sequence[float], form: str) -> str:
+    """Mean and its standard error."""
+    if len(values) < 2:
+        return "" if not values else f"{values[0]:{form}}"
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.fmean(values):{form}} ± {error:{form}}"
+
+
+def plot(scores: Mapping[str, Scores], path: Path) -> None:
+    """Quality over the denoiser's FLOP: likeness to the full sampler's film, and adherence."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.5))
+    families = {
+        "plain, fewer steps": "plain",
+        "lpl at a step": "lpl at",
+        "lpl adaptive": "lpl adaptive",
+        "tdtm": "tdtm",
+    }
+    full = statistics.fmean(next(iter(scores.values())).flops)
+    for label, start in families.items():
+        both = [name for name in scores if name.startswith(start)]
+        # Rows of both passes are a family of their own.
+        for marker, names, text in (
+            ("o", [name for name in both if not _combined(name)], label),
+            ("s", [name for name in both if _combined(name)], f"{label} and fewer steps"),
+        ):
+            if not names:
+                continue
+            cost = [statistics.fmean(scores[name].flops) / full for name in names]
+            likeness = [statistics.fmean(scores[name].psnr) for name in names]
+            axes[0].scatter(cost, likeness, marker=marker, label=text)
+            adherence = [scores[name].adherence() for name in names]
+            axes[1].scatter(cost, adherence, marker=marker, label=text)
+            for name, x, y in zip(names, cost, likeness, strict=True):
+                short = name.removeprefix("tdtm ").removeprefix("lpl ").removeprefix("plain, ")
+                place = {"xytext": (3, 3), "textcoords": "offset points"}
+                axes[0].annotate(short, (x, y), fontsize=6, **place)
+    axes[0].set_ylabel("PSNR against the full sampler, dB")
+    axes[1].set_ylabel("prompt adherence, %")
+    axes[1].axhline(next(iter(scores.values())).adherence(), linewidth=0.8, linestyle=":")
+    for each in axes:
+        each.set_xlabel("FLOP of the denoiser, of the full sampler's")
+        each.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def _combined(name: str) -> bool:
+    return name.startswith("tdtm") and ("lpl" in name or "plain" in name)
+
+
+if __name__ == "__main__":
+    main()
