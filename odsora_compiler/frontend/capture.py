@@ -95,7 +95,8 @@ def _capture_spec(spec: ModelSpec | PipelineSpec, name: str, weights: str | Path
         sources = {} if weights is None else {name: Path(weights)}
         components = _capture_components({name: _examined(spec)}, sources, in_pipeline=False)
         component = components[name]
-        program = Program(name, components, single_call_host(component), component.examples)
+        host = single_call_host(name, component.function("base"))
+        program = Program(name, components, host, component.examples)
     else:
         program = _capture_pipeline(spec, name, weights)
     program.facts |= {

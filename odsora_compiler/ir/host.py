@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from odsora_compiler.errors import OdsoraError
 from odsora_compiler.ir.function import Function, Provenance
-
-if TYPE_CHECKING:
-    from odsora_compiler.ir.program import Component
 
 Draw = Literal["normal", "uniform"]
 
@@ -66,16 +63,15 @@ def first_true(
     return next((value for condition, value in exits if bool(condition)), default)
 
 
-def single_call_host(component: Component) -> Function:
-    """The host of a bare module: one call of `component`'s function `base`, outputs passed on."""
-    base = component.function("base")
+def single_call_host(component: str, base: Function) -> Function:
+    """The host of a bare module: one call of its function `base`, outputs passed on."""
     host = Function("host")
     inputs: dict[str, Any] = {}
     for placeholder in base.placeholders:
         node = host.graph.placeholder(str(placeholder.target))
         node.meta.update(placeholder.meta)
         inputs[str(placeholder.target)] = node
-    call = host.graph.call_function(call_component, (component.name, "base"), inputs)
+    call = host.graph.call_function(call_component, (component, base.name), inputs)
     call.meta["val"] = {name: node.meta["val"] for name, node in base.results.items()}
     outputs = []
     for name, result in base.results.items():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import odsora_compiler as odsora
-from odsora_compiler.driver import acceptance
+from odsora_compiler.driver import watching
 from odsora_compiler.driver.acceptance import AcceptanceReport, accept
 from odsora_compiler.errors import VerificationError
 from odsora_compiler.ir.program import Program
@@ -334,7 +334,7 @@ def test_an_operator_that_amplifies_rounding_is_not_blamed(
     report = lowered_and_accepted(program, tmp_path / "b", LoweringSettings("fp32"))
     assert report.functions["model.base"].maximum < 1e-5
     # It is a suspect, and only the second look clears it.
-    monkeypatch.setattr(acceptance._Operands, "explain", lambda *_: False)
+    monkeypatch.setattr(watching.Operands, "explain", lambda *_: False)
     with pytest.raises(VerificationError, match=r"aten\.log"):
         lowered_and_accepted(program, tmp_path / "c", LoweringSettings("fp32"))
 

@@ -51,7 +51,7 @@ def small_program() -> Program:
     returns(function, a=a, b=b)
     examples = {"x": torch.linspace(-1, 1, 8).view(2, 4)}
     component = Component("net", {"base": function}, TensorWeights(tensors), examples=examples)
-    return Program("net", {"net": component}, single_call_host(component), dict(examples))
+    return Program("net", {"net": component}, single_call_host("net", function), dict(examples))
 
 
 def planned_program() -> Program:

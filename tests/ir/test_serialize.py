@@ -52,7 +52,7 @@ def round_trip(program: Program, folder: Path) -> Program:
 def of_function(function: Function) -> Program:
     examples = {spec.name: torch.ones(spec.shape, dtype=spec.dtype) for spec in function.inputs}
     component = Component("net", {"base": function}, TensorWeights({}), examples=examples)
-    return Program("net", {"net": component}, single_call_host(component), dict(examples))
+    return Program("net", {"net": component}, single_call_host("net", function), dict(examples))
 
 
 # ------------------------------------------------------------------ every stage
