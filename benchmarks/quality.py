@@ -20,6 +20,7 @@ Measures are those of examples/shapes/reading.py.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 import tempfile
@@ -100,12 +101,17 @@ class Scores:
         return 100 * statistics.fmean(right[what] for right in self.right)
 
 
+@functools.cache
+def _captured(steps: int) -> Program:
+    return odsora.capture(MODEL, {"steps": steps})
+
+
 class Maker:
     """Makes films with one row's program, in PyTorch or from its bundle."""
 
     def __init__(self, row: Row, folder: Path | None = None) -> None:
         passes, steps = row
-        program = odsora.capture(MODEL, {"steps": steps})
+        program = _captured(steps)
         if passes:
             program = odsora.run_passes(program, passes, verify="structure")
         assert program.text_to_video is not None

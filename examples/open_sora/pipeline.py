@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import t5
 import torch
 from stdit3 import STDiT3, STDiT3Config
-from text_to_video import byte_tokenizer, text_to_video
+from text_to_video import byte_tokenizer, check_film, text_to_video
 from vae import SpatialVAEConfig, TemporalVAEConfig, VideoVAE
 
 if TYPE_CHECKING:
@@ -116,6 +116,22 @@ def build(
     a tokenizer that has more tokens than the text encoder.
     """
     preset = RELEASE if size == "release" else SMALL
+    temporal = dataclasses.replace(
+        preset.temporal, **_given(filters=filters, num_res_blocks=num_res_blocks)
+    )
+    spatial = dataclasses.replace(
+        preset.spatial,
+        **_given(block_out_channels=block_out_channels, layers_per_block=layers_per_block),
+    )
+    film = {
+        "frames": frames if frames is not None else preset.frames,
+        "height": height if height is not None else preset.height,
+        "width": width if width is not None else preset.width,
+        "steps": steps,
+        "decode_frames": decode_frames,
+    }
+    # Before the networks are made, which takes minutes and much memory in the released size.
+    check_film(**film, factor=spatial.factor)
     encoder_sizes = _replaced(
         preset.text_encoder, num_layers=t5_layers, d_model=t5_width, num_heads=t5_heads
     )
@@ -130,13 +146,6 @@ def build(
             caption_channels=text_encoder.config.d_model,
         ),
     )
-    temporal = dataclasses.replace(
-        preset.temporal, **_given(filters=filters, num_res_blocks=num_res_blocks)
-    )
-    spatial = dataclasses.replace(
-        preset.spatial,
-        **_given(block_out_channels=block_out_channels, layers_per_block=layers_per_block),
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         denoiser = STDiT3(denoiser_config).eval()
@@ -146,14 +155,10 @@ def build(
         denoiser,
         vae,
         tokenizer=_tokenizer(tokenizer, text_encoder.config.vocab_size),
-        frames=frames if frames is not None else preset.frames,
-        height=height if height is not None else preset.height,
-        width=width if width is not None else preset.width,
-        steps=steps,
+        **film,
         guidance=guidance,
         fps=fps,
         time_shift=time_shift,
-        decode_frames=decode_frames,
         suffix=suffix,
         aesthetic_score=aesthetic_score,
         seed=seed,

@@ -179,7 +179,14 @@ def text_to_video(
         decode_frames,
     )
     factor = vae.spatial_vae.factor
-    _check(film, factor)
+    check_film(
+        frames=frames,
+        height=height,
+        width=width,
+        steps=steps,
+        decode_frames=decode_frames,
+        factor=factor,
+    )
 
     roles = odsora.TextToVideo(
         tokenizer, padding=padding, fps=fps, suffix=suffix, aesthetic_score=aesthetic_score
@@ -299,23 +306,27 @@ def byte_tokenizer() -> str:
     return text
 
 
-def _check(film: Film, factor: int) -> None:
-    """Raise ValueError that says what is possible."""
-    if film.steps < 1:
-        raise ValueError(f"steps={film.steps}: a sampler takes at least 1 step")
-    if film.frames < 1:
-        raise ValueError(f"frames={film.frames}: a film has at least 1 frame")
-    for name in ("height", "width"):
-        size = getattr(film, name)
+def check_film(
+    *, frames: int, height: int, width: int, steps: int, decode_frames: int, factor: int
+) -> None:
+    """Raise ValueError that says what is possible where a film cannot be made.
+
+    `factor`: pixels that a latent is high and wide.
+    """
+    if steps < 1:
+        raise ValueError(f"steps={steps}: a sampler takes at least 1 step")
+    if frames < 1:
+        raise ValueError(f"frames={frames}: a film has at least 1 frame")
+    for name, size in (("height", height), ("width", width)):
         if size < factor or size % factor:
             below = max(factor, size // factor * factor)
             raise ValueError(
                 f"{name}={size}: it must be a multiple of {factor} pixels, such as {below} or "
                 f"{below + factor}"
             )
-    if film.decode_frames < 1 or film.frames % film.decode_frames:
-        possible = [n for n in range(1, film.frames + 1) if film.frames % n == 0]
+    if decode_frames < 1 or frames % decode_frames:
+        possible = [n for n in range(1, frames + 1) if frames % n == 0]
         raise ValueError(
-            f"decode_frames={film.decode_frames}: it must divide the {film.frames} frames: "
+            f"decode_frames={decode_frames}: it must divide the {frames} frames: "
             + ", ".join(map(str, possible))
         )

@@ -72,6 +72,11 @@ class SpatialVAEConfig:
     layers_per_block: int = 2
     num_groups: int = 32
 
+    @property
+    def factor(self) -> int:
+        """Pixels that a latent is high and wide."""
+        return int(2 ** (len(self.block_out_channels) - 1))
+
 
 def build(
     filters: int = 32,
@@ -356,7 +361,7 @@ class SpatialVAE(nn.Module):
     def __init__(self, config: SpatialVAEConfig) -> None:
         super().__init__()
         self.module = _autoencoder(config)
-        self.factor = 2 ** (len(config.block_out_channels) - 1)  # pixels that a latent is high
+        self.factor = config.factor
 
     def decode(self, latents: Tensor) -> Tensor:
         """[B, z, frames, H, W] to pictures [B, 3, frames, 8·H, 8·W] (8 in the release)."""

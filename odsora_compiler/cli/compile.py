@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 HELP = """Compile a PyTorch model to Core ML packages, rewritten by passes and checked by execution.
 
-MODEL is a Python file with build(**options) that returns odsora_compiler.ModelSpec, or the folder
-of a program saved with --save-program. Loading a model file runs its code.
+MODEL is a Python file with build(**options) that returns odsora_compiler.ModelSpec, or PipelineSpec
+for several networks and the sampler that calls them; or the folder of a program saved with
+--save-program. Loading a model file runs its code.
 
 Examples:
 
@@ -33,6 +34,8 @@ Examples:
     odsora-compile model.py --passes 'tdtm{sites=spatial,temporal},cidl{budget=64MB}' --set depth=8
 
     odsora-compile model.py --weights checkpoint/ --precision fp32 --verify full
+
+    odsora-compile pipeline.py --passes tdtm,lpl,cidl --weights checkpoints/ --set steps=50
 
     odsora-compile model.py --passes cidl --dry-run
 
@@ -55,7 +58,11 @@ def compile_command(
         list[str] | None, typer.Option("--set", help="Option of build(), name=value; repeatable.")
     ] = None,
     weights: Annotated[
-        Path | None, typer.Option(help="Weights: a safetensors file or a folder of shards.")
+        Path | None,
+        typer.Option(
+            help="Weights: a safetensors file or a folder of shards; for a pipeline a folder that "
+            "has either for each of its checkpoints, such as denoiser.safetensors."
+        ),
     ] = None,
     precision: Annotated[str, typer.Option(help="fp16 or fp32.")] = "fp16",
     target: Annotated[str, typer.Option(help="Oldest system the packages run on.")] = "iOS18",

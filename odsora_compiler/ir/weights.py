@@ -319,8 +319,9 @@ def refuse_pickled(path: Path) -> None:
     if path.suffix in PICKLED:
         raise WeightsError(
             f"{path}: loading it would run code stored in it",
-            "Convert it once where you trust it: state = torch.load(path, weights_only=True); "
-            "safetensors.torch.save_file(state, 'weights.safetensors').",
+            "Convert it once where you trust it: state = torch.load(path, weights_only=True) (or a "
+            "part of that, such as ['state_dict']); safetensors.torch.save_file({k: v.contiguous()"
+            ".clone() for k, v in state.items()}, 'weights.safetensors').",
         )
 
 

@@ -80,7 +80,8 @@ class Runner:
     ) -> dict[str, torch.Tensor]:
         """Run the host program on named `inputs`; returns its named outputs.
 
-        `function`: the function of each component to call instead of the one the host names.
+        `function`: what to call instead of the function the host names, of components that have it;
+        raises `RunError` when none has.
         `seed` changes what random operations of the host draw. A component is loaded when it is
         called, and its memory given back when another one is called and it is not needed again.
         """
@@ -97,7 +98,10 @@ class Runner:
                     self._residency.release(other)
             done[component] += 1
             which = (done[component], self.calls[component])
-            return self.run_function(component, function or item["function"], given, which)
+            has = function in self.bundle.component(component).functions
+            return self.run_function(
+                component, function if function and has else item["function"], given, which
+            )
 
         return self._host.run(inputs, self.bundle.constants(), call, seed)
 
@@ -137,12 +141,10 @@ class Runner:
         self._residency.clear()
 
     def _check_function(self, function: str) -> None:
-        for component in self.bundle.manifest.components.values():
-            if function not in component.functions:
-                raise RunError(
-                    f"the bundle has no function '{function}'",
-                    nearest(function, component.functions),
-                )
+        components = self.bundle.manifest.components.values()
+        known = {name for component in components for name in component.functions}
+        if function not in known:
+            raise RunError(f"the bundle has no function '{function}'", nearest(function, known))
 
 
 def load(

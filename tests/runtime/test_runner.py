@@ -12,6 +12,7 @@ from torch import nn
 
 import odsora_compiler as odsora
 from odsora_compiler.errors import RunError
+from odsora_compiler.ir.edit import Editor
 from odsora_compiler.ir.reference import evaluate_program
 from odsora_compiler.runtime.bundle import Bundle
 from odsora_compiler.runtime.runner import Progress, Runner
@@ -144,8 +145,31 @@ def test_a_budget_for_one_component_at_a_time_is_enough(
         Runner(bundle, memory_budget=max(sizes) - 1)
 
 
-def test_an_unknown_function_names_the_component_without_it(
-    program: odsora.Program, bundle: Bundle
+def test_a_function_is_called_of_the_components_that_have_it(
+    program: odsora.Program, tmp_path: Path
 ) -> None:
+    changed = program.copy()
+    faster = changed.component("denoiser").derive("negative")
+    editor = Editor(faster, "test")
+    (result,) = faster.results.values()
+    negated = editor.call(torch.ops.aten.neg.default, result)
+    editor.replace(result, negated)
+    bundle = odsora.lower(changed, tmp_path / "b.odsora", precision="fp32")
+    told: list[Progress] = []
+    runner = Runner(Bundle(bundle), progress=told.append)
+    base = runner.run(program.examples)["decoded"]
+    assert {(item.component, item.function) for item in told} == {
+        (name, "base") for name in ("encoder", "denoiser", "decoder")
+    }
+    told.clear()
+    assert not torch.allclose(runner.run(program.examples, "negative")["decoded"], base)
+    assert {(item.component, item.function) for item in told} == {
+        ("encoder", "base"),
+        ("denoiser", "negative"),
+        ("decoder", "base"),
+    }
+
+
+def test_an_unknown_function_is_refused(program: odsora.Program, bundle: Bundle) -> None:
     with pytest.raises(RunError, match="no function 'tdtm'"):
         Runner(bundle).run(program.examples, "tdtm")
