@@ -287,18 +287,16 @@ class Captions(nn.Module):
 def byte_tokenizer() -> str:
     """A `tokenizer.json` in which each byte of the text is a token, and one more ends it.
 
-    As in T5, 0 is for padding and 1 ends the text; 2 is unknown, bytes follow.
+    As in T5, 0 is for padding and 1 ends the text; bytes follow. Whoever encodes pads and cuts.
     """
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-    special = ["<pad>", "</s>", "<unk>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # a printable character for each byte
-    vocabulary = {token: number for number, token in enumerate(special + alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    # A prompt that spells out a special token is text like any other.
-    tokenizer.encode_special_tokens = True
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    vocabulary = {token: number for number, token in enumerate(["<pad>", "</s>", *alphabet])}
+    # The two names are not declared special: a prompt that spells one out is text like any other.
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", 1)]
     )
