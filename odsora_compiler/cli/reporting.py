@@ -201,6 +201,17 @@ def duration_text(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def budget_bytes(text: str) -> int | None:
+    """`"1GB"` of --memory-budget in bytes, None of ""; raises `UsageError` on anything else."""
+    from odsora_compiler.errors import UsageError
+    from odsora_compiler.pipeline.options import ByteSize
+
+    try:
+        return ByteSize.parse(text) if text else None
+    except ValueError as error:
+        raise UsageError(f"--memory-budget: {error}", "For example --memory-budget 1GB") from error
+
+
 def parse_settings(settings: list[str]) -> dict[str, str]:
     """`["a=1"]` → `{"a": "1"}`; raises `UsageError` on anything else."""
     from odsora_compiler.errors import UsageError

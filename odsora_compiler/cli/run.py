@@ -14,7 +14,13 @@ from odsora_compiler.cli.film import (
     prompt_inputs,
     save_film,
 )
-from odsora_compiler.cli.reporting import Reporter, guarded, print_table, size_text
+from odsora_compiler.cli.reporting import (
+    Reporter,
+    budget_bytes,
+    guarded,
+    print_table,
+    size_text,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -137,7 +143,7 @@ def run_command(
         from odsora_compiler.runtime.runner import Runner
         from odsora_compiler.runtime.trace import Trace
 
-        budget = _budget(memory_budget)
+        budget = budget_bytes(memory_budget)
         sources = [prompt is not None, inputs is not None, example]
         _check_sources(sources, out)
         writes_film = out is not None and is_film(out)
@@ -181,16 +187,6 @@ def run_command(
         )
 
     guarded(work, f"nothing was left at {out}" if out else "")
-
-
-def _budget(text: str) -> int | None:
-    from odsora_compiler.errors import UsageError
-    from odsora_compiler.pipeline.options import ByteSize
-
-    try:
-        return ByteSize.parse(text) if text else None
-    except ValueError as error:
-        raise UsageError(f"--memory-budget: {error}", "For example --memory-budget 1GB") from error
 
 
 def _check_sources(given: list[bool], out: Path | None) -> None:

@@ -26,9 +26,10 @@ from typing import Any
 import torch
 
 from odsora_compiler.errors import PackageError, RunError, nearest
+from odsora_compiler.ir.component_names import is_component_name
 from odsora_compiler.ir.text_to_video import TextToVideo
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 FILE_NAME = "manifest.json"
 EXAMPLES_NAME = "examples.safetensors"
 CONSTANTS_NAME = "host.safetensors"
@@ -59,11 +60,17 @@ class Feature:
 
 @dataclass(frozen=True)
 class ChunkCall:
-    """One step of a function: a function of a package, with the values it takes and gives."""
+    """One step of a function: a function of a package, with the values it takes and gives.
+
+    `flops`: of one run. `activation_bytes`: most bytes of its inputs, its outputs and what it
+    computes between them that are in memory at once.
+    """
 
     package: str
     inputs: tuple[Feature, ...]
     outputs: tuple[Feature, ...]
+    flops: int
+    activation_bytes: int
 
 
 @dataclass(frozen=True)
@@ -146,9 +153,16 @@ class Manifest:
                 "Update odsora-compiler, or compile the bundle again with this release.",
             )
         try:
-            return _read(data)
+            manifest = _read(data)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise PackageError(f"{path}: damaged manifest ({error!r})") from error
+        for name in manifest.components:
+            if not is_component_name(name):
+                raise PackageError(
+                    f"{path}: a component cannot be called {name!r}",
+                    "Copy the bundle again or recompile it.",
+                )
+        return manifest
 
 
 def _read(data: Mapping[str, Any]) -> Manifest:
@@ -178,7 +192,13 @@ def _function(data: Mapping[str, Any]) -> FunctionEntry:
         _features(data["inputs"]),
         _features(data["outputs"]),
         tuple(
-            ChunkCall(item["package"], _features(item["inputs"]), _features(item["outputs"]))
+            ChunkCall(
+                item["package"],
+                _features(item["inputs"]),
+                _features(item["outputs"]),
+                int(item["flops"]),
+                int(item["activation_bytes"]),
+            )
             for item in data["chunks"]
         ),
         dict(data["results"]),

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from odsora_compiler.analysis.cost import function_flops
+from odsora_compiler.analysis.footprint import activation_bytes
 from odsora_compiler.errors import LoweringError
 from odsora_compiler.ir.chunks import ChunkedFunction, split
 from odsora_compiler.ir.function import TensorSpec, dtype_name
@@ -60,7 +62,7 @@ def write_bundle(
     entries: dict[str, ComponentEntry] = {}
     for name, component in program.components.items():
         lowered[name] = _lower_component(component, folder, settings, progress)
-        entries[name] = _component_entry(lowered[name], folder)
+        entries[name] = _component_entry(lowered[name], folder, settings.precision)
     manifest = Manifest(
         program.name,
         ",".join(program.history),
@@ -161,10 +163,10 @@ def _crossing(chunked: ChunkedFunction) -> list[TensorSpec]:
     return [spec for chunk in chunked.chunks for spec in chunk.outputs if spec.name not in outside]
 
 
-def _component_entry(lowered: LoweredComponent, folder: Path) -> ComponentEntry:
+def _component_entry(lowered: LoweredComponent, folder: Path, precision: str) -> ComponentEntry:
     functions = {}
     for name, chunked in lowered.functions.items():
-        calls = tuple(_call(report, name) for report in lowered.reports)
+        calls = tuple(_call(report, name, precision) for report in lowered.reports)
         functions[name] = FunctionEntry(
             tuple(_feature(spec) for spec in chunked.whole.inputs),
             tuple(_feature(spec) for spec in chunked.whole.outputs),
@@ -185,13 +187,19 @@ def _component_entry(lowered: LoweredComponent, folder: Path) -> ComponentEntry:
     return ComponentEntry(functions, packages, lowered.component.compute_units)
 
 
-def _call(report: PackageReport, function: str) -> ChunkCall:
-    interface = report.functions[function].interface
+def _call(report: PackageReport, function: str, precision: str) -> ChunkCall:
+    made = report.functions[function]
     inputs, outputs = (
         tuple(Feature(item.name, dtype_name(item.dtype), item.shape) for item in side)
-        for side in (interface.inputs, interface.outputs)
+        for side in (made.interface.inputs, made.interface.outputs)
     )
-    return ChunkCall(report.name, inputs, outputs)
+    return ChunkCall(
+        report.name,
+        inputs,
+        outputs,
+        function_flops(made.legal),
+        activation_bytes(made.legal, precision),
+    )
 
 
 def _structure(report: PackageReport) -> str:

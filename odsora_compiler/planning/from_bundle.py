@@ -1,0 +1,140 @@
+"""The workload of a bundle: which chunks its host uses in which order, and what they take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from odsora_compiler.errors import RunError, nearest
+from odsora_compiler.ir.encoding import decode_argument, resolve_target
+from odsora_compiler.ir.evaluate import run_operator
+from odsora_compiler.ir.host_program import HostProgram, Operation
+from odsora_compiler.ir.inference import FAKE_MODE, fake_tensor, tensor_bytes
+from odsora_compiler.ir.manifest import CONSTANTS_NAME, Feature, FunctionEntry, Manifest
+from odsora_compiler.ir.weights import FileWeights
+from odsora_compiler.planning.profile import DeviceProfile
+from odsora_compiler.planning.workload import Chunk, Use, Workload
+
+
+def bundle_workload(folder: Path, profile: DeviceProfile, function: str | None = None) -> Workload:
+    """What running the bundle in `folder` takes on a device: all its calls, early exits not taken.
+
+    `function`: the one of each component to call instead of the one that the host names. Raises
+    `PackageError` where the bundle cannot be used, `RunError` where it lacks the function.
+    """
+    manifest = Manifest.load(folder)
+    expansion = profile.weight_expansion.get(manifest.precision, 1.0)
+    chunks: list[Chunk] = []
+    index: dict[tuple[str, str], int] = {}
+    for component, entry in manifest.components.items():
+        for name, package in entry.packages.items():
+            index[component, name] = len(chunks)
+            chunks.append(
+                Chunk(
+                    name,
+                    component,
+                    sum(size for size, _ in package.files.values()),
+                    math.ceil(package.weight_bytes * expansion),
+                    entry.compute_units,
+                )
+            )
+    uses: list[Use] = []
+    for number, (call, held) in enumerate(_calls(folder, manifest)):
+        if call is None:
+            uses[-1] = _with_held(uses[-1], held, profile)
+            continue
+        component = call["component"]
+        name = function or call["function"]
+        functions = manifest.components[component].functions
+        if name not in functions:
+            raise RunError(f"the bundle has no function '{name}'", nearest(name, functions))
+        entry_of = functions[name]
+        for chunk, (inside, peak) in zip(entry_of.chunks, _chunk_bytes(entry_of), strict=True):
+            uses.append(
+                Use(
+                    index[component, chunk.package],
+                    name,
+                    number,
+                    chunk.flops,
+                    math.ceil((held + peak) * profile.activation_expansion),
+                    math.ceil((held + inside) * profile.activation_expansion),
+                )
+            )
+    return Workload(tuple(chunks), tuple(uses))
+
+
+def _with_held(use: Use, held: int, profile: DeviceProfile) -> Use:
+    """A use after which the host holds `held` bytes, with nothing else to follow."""
+    most = max(use.activation_bytes, math.ceil(held * profile.activation_expansion))
+    return Use(use.chunk, use.function, use.call, use.flops, most, use.boundary_bytes)
+
+
+def _chunk_bytes(entry: FunctionEntry) -> Iterator[tuple[int, int]]:
+    """Per chunk: bytes of values of earlier chunks before it, and most bytes while it runs.
+
+    The function's own inputs are the caller's; a chunk that takes them may make copies.
+    """
+    last_read = {item.name: n for n, call in enumerate(entry.chunks) for item in call.inputs}
+    last_read |= dict.fromkeys(entry.results.values(), len(entry.chunks))
+    held: dict[str, int] = {}
+    for number, call in enumerate(entry.chunks):
+        own = {item.name for item in call.inputs}
+        passing = sum(size for name, size in held.items() if name not in own)
+        most = passing + max(call.activation_bytes, sum(map(_bytes, (*call.inputs, *call.outputs))))
+        before = sum(held.values())
+        held |= {item.name: _bytes(item) for item in call.outputs}
+        if number == len(entry.chunks) - 1:
+            # Outputs may be converted while the values they are made of are still there.
+            most = max(most, sum(held.values()) + sum(map(_bytes, entry.outputs)))
+        yield before, max(most, before)
+        held = {name: size for name, size in held.items() if last_read.get(name, -1) > number}
+
+
+def _bytes(feature: Feature) -> int:
+    return math.prod(feature.shape) * feature.torch_dtype.itemsize
+
+
+def _calls(folder: Path, manifest: Manifest) -> Iterator[tuple[Operation | None, int]]:
+    """Calls in order, each with most bytes the host held since the one before; at last, None.
+
+    Values are computed in shape only; exits are not taken, so that this is the longest way.
+    """
+    host = HostProgram.from_data(manifest.host)
+    constants = FileWeights(folder / CONSTANTS_NAME)
+    values = {value: fake_tensor(spec.shape, spec.dtype) for spec, value in host.inputs}
+    most = 0
+    for item in host.operations:
+        do = item["do"]
+        if do == "call":
+            most = max(most, sum(map(tensor_bytes, values.values())))
+            yield item, most
+            most = 0
+            entry = manifest.components[item["component"]].function(item["function"])
+            made = {spec.name: fake_tensor(spec.shape, spec.torch_dtype) for spec in entry.outputs}
+            values.update({value: made[name] for name, value in item["outputs"].items()})
+        elif do == "merge":
+            values[item["out"]] = values[item["default"]]
+        elif do == "constant":
+            spec = constants.spec(item["name"])
+            values[item["out"]] = fake_tensor(tuple(spec.shape), spec.dtype)
+        elif do == "random":
+            values[item["out"]] = fake_tensor(tuple(item["shape"]), getattr(torch, item["dtype"]))
+        elif do != "exit":
+            values.update(_results(item, values))
+        most = max(most, sum(map(tensor_bytes, values.values())))
+        for name in item.get("free", ()):
+            values.pop(name, None)
+    yield None, most
+
+
+def _results(item: Operation, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    args = [decode_argument(arg, values) for arg in item.get("args", ())]
+    kwargs = {key: decode_argument(arg, values) for key, arg in item.get("kwargs", {}).items()}
+    with FAKE_MODE:
+        result = run_operator(resolve_target(item["do"]), args, kwargs)
+    if isinstance(item["out"], str):
+        return {item["out"]: result}
+    return {name: result[int(place)] for place, name in item["out"].items()}
