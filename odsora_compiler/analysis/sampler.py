@@ -113,9 +113,9 @@ class _Proof:
         states = [updates[0][0], *made, result]
         if len({state.meta["val"].numel() for state in states}) > 1:
             raise NotEulerError("the state changes its size from step to step")
-        self._compare_computed(drifts)
         sizes = [self._size(index, drift) for index, drift in enumerate(drifts)]
         times = step_times(self.states.steps, sizes, self.constants)
+        self._compare_computed(states, drifts, times)
         columns = (self.states.steps, states, states[1:], drifts, sizes, times)
         steps = [EulerStep(tuple(calls), *rest) for calls, *rest in zip(*columns, strict=False)]
         return EulerSampler(self.component, tuple(steps), self.forms)
@@ -265,58 +265,109 @@ class _Proof:
                 )
         return total.get((), 0.0)
 
-    def _compare_computed(self, drifts: Iterable[Form]) -> None:
-        """Refuse drifts that some steps compute otherwise, by operators that are not looked into.
+    def _compare_computed(
+        self, states: Iterable[fx.Node], drifts: Iterable[Form], times: Iterable[float]
+    ) -> None:
+        """Refuse drifts that some steps compute otherwise, by what is not looked into.
 
-        A step's size could hide there. It cannot in operators that pick parts of what calls give,
-        so that steps with and without guidance are no matter.
+        A step's size could hide there: in operators, and in other components that are given what
+        the calls give. It cannot in operators that pick parts of what calls give, so that steps
+        with and without guidance are no matter.
         """
-        signatures: dict[fx.Node, str] = {}
+        varied = [{a for product in drift for a in product} for drift in drifts]
+        looked_at = [
+            [a for a in atoms if self.forms.varies(a) and not self._picks(a)] for atoms in varied
+        ]
+        # A constant of all steps is not the time, even where it equals that of one of them.
+        used = [self._constants_behind(atoms) for atoms in looked_at]
+        fixed = set.intersection(*({self._digest(node) for node in nodes} for nodes in used))
         of_first: set[str] | None = None
-        for index, drift in enumerate(drifts):
-            atoms = {atom for product in drift for atom in product if self.forms.varies(atom)}
-            computed = {self._signature(a, signatures) for a in atoms if not self._picks(a)}
+        for index, (state, time, atoms) in enumerate(zip(states, times, looked_at, strict=False)):
+            step = _Step(state, time, fixed, {})
+            computed = {self._signature(atom, step) for atom in atoms}
             if of_first is not None and computed != of_first:
                 raise NotEulerError(
                     f"the drift of step {index} is computed otherwise than that of step 0, by "
-                    "operators in which the size of the step could hide"
+                    "operators or other components in which the size of the step could hide"
                 )
             of_first = computed
 
+    def _constants_behind(self, atoms: Iterable[fx.Node]) -> set[fx.Node]:
+        """The constants that `atoms` are made of, no further back than calls and states."""
+        ends = self.states.step_of.keys() | self.states.state_of.keys()
+        pending, seen, found = list(atoms), set[fx.Node](), set[fx.Node]()
+        while pending:
+            node = pending.pop()
+            if self.constants.tensor(node) is not None:
+                found.add(node)
+            elif node not in seen and node not in ends:
+                seen.add(node)
+                pending += node.all_input_nodes
+        return found
+
+    def _digest(self, node: fx.Node) -> str:
+        """What tells a constant from others."""
+        value = self.constants.tensor(node)
+        assert value is not None
+        raw = value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return f"constant {value.dtype} {list(value.shape)} {hashlib.sha256(raw).hexdigest()}"
+
     def _picks(self, node: fx.Node) -> bool:
-        """Whether a node is part of what a call gives, as it is."""
+        """Whether a node is part of what a call gives, as it is.
+
+        A call of the component, or of another one that works beside it, such as a network for
+        guidance; not of one that is given what the component's calls give.
+        """
         pending = [node]
         while pending:
             node = pending.pop()
             if node.target is call_component:
+                own = self.states.step_of
+                if node not in own and self.states.behind[node] & own.keys():
+                    return False
                 continue
             if not (node.target is operator.getitem or operator_name(node) in _PICKING):
                 return False
             pending += node.all_input_nodes
         return True
 
-    def _signature(self, node: fx.Node, known: dict[fx.Node, str]) -> str:
-        """A digest of how a node is computed from this step's calls: equal in steps alike."""
-        if node in known:
-            return known[node]
-        value = self.constants.tensor(node)
+    def _signature(self, node: fx.Node, step: _Step) -> str:
+        """A digest of how a node is computed from what a step is given: equal in steps alike.
+
+        Given are the results of its calls, its state and its time: the drift may be any function of
+        these, and its size is how much of it is added.
+        """
+        if node in step.known:
+            return step.known[node]
         if node in self.states.step_of:
             text = f"call {self.states.steps[self.states.step_of[node]].index(node)}"
-        elif node.target is call_component:
-            text = f"call of {node.args[0]}"
-        elif value is not None:
-            digest = hashlib.sha256(
-                value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-            )
-            text = f"constant {value.dtype} {list(value.shape)} {digest.hexdigest()}"
+        elif node is step.state:
+            text = "state"
+        elif self.constants.tensor(node) is not None:
+            text = self._digest(node)
+            if text not in step.fixed and self.constants.number(node) == step.time:
+                text = "time"
         elif node.op != "call_function":
             text = f"{node.op} {node.target}"
         else:
-            parts = {used.name: self._signature(used, known) for used in node.all_input_nodes}
+            parts = {used.name: self._signature(used, step) for used in node.all_input_nodes}
             given = encode_argument([node.args, *node.kwargs.items()])
             text = f"{node.target} {_with_names(given, parts)}"
-        known[node] = hashlib.sha256(text.encode()).hexdigest()
-        return known[node]
+        step.known[node] = hashlib.sha256(text.encode()).hexdigest()
+        return step.known[node]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What the drift of a step may be made of, and the signatures `known` in it.
+
+    `fixed`: digests of the constants that all steps have.
+    """
+
+    state: fx.Node
+    time: float
+    fixed: set[str]
+    known: dict[fx.Node, str]
 
 
 # Operators whose result is made of elements of their arguments, all or some of them.

@@ -17,6 +17,12 @@ from odsora_compiler.analysis.sampler_states import NotEulerError
 # of an even one), 2e-5 in 30 steps.
 SIZE_TOLERANCE = 1e-3
 
+# The most that a rounding of the times may be beside all of time. It does not add up: whatever part
+# of the way a leap leaves out, its sizes fit its time to this. Times of bfloat16 are rounded by
+# 1/128 and whole numbers of a thousand by 1/1000; a rounding coarser than this would let any sizes
+# pass, so that such times (the numbers of a few steps) must fit as they are.
+COARSEST_ROUNDING = 1e-2
+
 # What time flows to: 0 where it falls, and 1 or 1000 where it rises.
 _FALLING_END = (0.0,)
 _RISING_ENDS = (1.0, 1000.0)
@@ -69,24 +75,37 @@ def _misfit(times: Sequence[float], sizes: Sequence[float], rounding: float) -> 
     falling = times[0] > times[-1]
     if any(step == 0 or (step > 0) != falling for step in steps):
         return "time goes up and down"
-    scale = sum(sizes[:-1]) / (times[0] - times[-1])
-    for index, (step, size) in enumerate(zip(steps, sizes, strict=False)):
-        if not _fits(size, scale * step, abs(scale) * rounding):
-            return (
-                f"step {index} goes from {times[index]:.6g} to {times[index + 1]:.6g} and adds "
-                f"{size:.4g} times the drift; at the pace of all steps it would be "
-                f"{scale * step:.4g}"
-            )
     ends = _FALLING_END if falling else _RISING_ENDS
-    if any(_fits(sizes[-1], scale * (times[-1] - end), abs(scale) * rounding) for end in ends):
+    if not all(_off_pace([*times, end], sizes, rounding) for end in ends):
         return ""
-    return (
+    return _off_pace(times, sizes[:-1], rounding) or (
         f"the steps do not add up to the remaining time: the last starts at {times[-1]:.6g} and "
         f"adds {sizes[-1]:.4g} times the drift, which does not end at "
         + " or ".join(f"{end:g}" for end in ends)
     )
 
 
-def _fits(size: float, expected: float, rounding: float) -> bool:
-    """Whether a step has the size it should have; one of no size never has."""
-    return size != 0 and abs(size - expected) <= SIZE_TOLERANCE * abs(expected) + rounding
+def _off_pace(times: Sequence[float], sizes: Sequence[float], rounding: float) -> str:
+    """Which of `sizes`, alone or with all before it, is not in proportion to its time.
+
+    `times`: one more than `sizes`. Empty when all are.
+    """
+    whole = times[0] - times[-1]
+    if not whole:
+        return f"time ends where it begins, at {times[0]:.6g}"
+    pace = sum(sizes) / whole
+    slack = abs(pace) * rounding if rounding <= COARSEST_ROUNDING * abs(whole) else 0.0
+    sums = [0.0, *itertools.accumulate(sizes)]
+    for last, size in enumerate(sizes):
+        for first, added in ((last, size), (0, sums[last + 1])):
+            due = pace * (times[first] - times[last + 1])
+            # A step of no size never has the one it should have.
+            if size == 0 or abs(added - due) > SIZE_TOLERANCE * abs(due) + slack:
+                one = first == last
+                return (
+                    (f"step {last} goes" if one else f"steps {first} to {last} go")
+                    + f" from {times[first]:.6g} to {times[last + 1]:.6g} and "
+                    + (f"adds {added:.4g}" if one else f"add {added:.4g}")
+                    + f" times the drift; at the pace of all steps it would be {due:.4g}"
+                )
+    return ""

@@ -218,6 +218,56 @@ def test_time_may_rise_and_whole_numbers_be_given() -> None:
     assert found.remaining(0) == pytest.approx(1)
 
 
+def told_times(ts: list[float], told: Callable[[float], float], dtype: torch.dtype) -> Program:
+    """Steps as `ts` says, while the component is told rounded times."""
+
+    def sample(c: Any, start: Tensor, hint: Tensor) -> Tensor:
+        picture = start
+        for now, then in itertools.pairwise(ts):
+            push = c.mover(picture=picture, when=at(told(now), dtype=dtype), hint=hint)
+            picture = picture + push * ((now - then) / ts[0])
+        return picture
+
+    return program(sample, kinds={"when": dtype})
+
+
+@pytest.mark.parametrize(
+    ("told", "dtype"),
+    [(int, torch.int64), (round, torch.int64), (float, torch.bfloat16), (float, torch.float16)],
+    ids=["cut", "rounded", "bfloat16", "float16"],
+)
+@pytest.mark.parametrize(("steps", "shift"), [(2, 12.0), (30, 1.0), (30, 8.0), (50, 3.0)])
+def test_times_may_be_rounded_a_little(
+    told: Callable[[float], float], dtype: torch.dtype, steps: int, shift: float
+) -> None:
+    """By up to 1 or 1/256 of 1000: more than half of a short step, little of the whole way."""
+    found = euler_sampler(told_times(times(steps, shift), told, dtype), "mover")
+    assert len(found.steps) == steps
+    assert found.remaining(0) == pytest.approx(1)
+
+
+def test_the_number_of_a_step_may_be_the_time() -> None:
+    found = euler_sampler(told_times([5, 4, 3, 2, 1, 0], int, torch.int64), "mover")
+    assert [step.size for step in found.steps] == pytest.approx([0.2] * 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32], ids=str)
+@pytest.mark.parametrize("last", [1, 0])
+def test_small_whole_numbers_are_no_excuse_for_sizes_that_do_not_fit(
+    last: int, dtype: torch.dtype
+) -> None:
+    ends = [1000.0, 950.0, 600.0, 580.0, 200.0, 0.0]
+    made = told_times(ends, lambda now: last + 4 - ends.index(now), dtype)
+    assert f"goes from {last + 4} to {last + 3} and adds 0.05 times the drift" in refusal(made)
+
+
+def test_roundings_do_not_add_up() -> None:
+    """Every step is within one of what its times say, half of them together are 45 off."""
+    ends = [*(1000 - 10.9 * i for i in range(50)), *(455 - 9.1 * i for i in range(50)), 0.0]
+    made = told_times(ends, lambda now: 1000 - 10 * ends.index(now), torch.int64)
+    assert "steps 0 to 1 go from 1000 to 980 and add 0.0218 times the drift" in refusal(made)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision(dtype: torch.dtype) -> None:
     def sample(c: Any, start: Tensor, hint: Tensor) -> Tensor:
@@ -347,6 +397,35 @@ def test_components_called_within_the_steps() -> None:
     made = program(sample, others=others)
     found = check(made, times())
     assert euler_sampler(made, "weaker").result is found.result
+
+
+class Finish(nn.Module):
+    """What is left of a drift, by a strength and by the state."""
+
+    def forward(self, push: Tensor, strength: Tensor, beside: Tensor) -> Tensor:
+        return push * strength.view(-1, 1, 1, 1, 1) - 0.3 * beside
+
+
+def finishing() -> dict[str, ModelSpec]:
+    inputs = {"push": torch.randn(SHAPE), "strength": torch.ones(1), "beside": torch.randn(SHAPE)}
+    return {"finish": ModelSpec(Finish(), inputs)}
+
+
+@pytest.mark.parametrize("strength", ["the time", "its first value"])
+def test_a_drift_by_two_components_one_after_the_other(strength: str) -> None:
+    """Both are told the state, the time, or what is the same in all steps."""
+
+    def sample(c: Any, start: Tensor, hint: Tensor) -> Tensor:
+        picture, ts = start, times(shift=2.0)
+        for now, then in itertools.pairwise(ts):
+            push = c.mover(picture=picture, when=at(now), hint=hint)
+            told = now if strength == "the time" else ts[0]
+            push = c.finish(push=push, strength=at(told), beside=picture)
+            push = c.finish(push=push, strength=at(0.5) + 0.1 * hint[:, 0], beside=-picture)
+            picture = sum_of_products(picture, push, now, then)
+        return picture
+
+    check(program(sample, others=finishing()), times(shift=2.0))
 
 
 def test_what_comes_after_is_no_matter() -> None:
@@ -527,6 +606,50 @@ def test_other_methods_are_refused_with_a_reason(advance: Step, reason: str) -> 
         return picture
 
     assert reason in refusal(program(sample, dial=torch.tensor(1e-3)))
+
+
+def told_the_length(c: Any, picture: Tensor, push: Tensor, length: float) -> Tensor:
+    return c.finish(push=push, strength=at(length), beside=picture)
+
+
+def told_it_indirectly(c: Any, picture: Tensor, push: Tensor, length: float) -> Tensor:
+    """By another component again, which sees nothing of the drift."""
+    told = c.finish(push=picture, strength=at(length), beside=picture)
+    return c.finish(push=push, strength=at(1.0), beside=told)
+
+
+def told_within_an_operator(c: Any, picture: Tensor, push: Tensor, length: float) -> Tensor:
+    told = c.finish(push=picture, strength=at(length), beside=picture)
+    return torch.where(push > 0, push, told)
+
+
+def told_in_parts(c: Any, picture: Tensor, push: Tensor, length: float) -> Tensor:
+    made = c.finish(push=push, strength=at(length), beside=picture)
+    return torch.cat([made[:, :1], push[:, 1:]], dim=1)
+
+
+def told_noise(c: Any, picture: Tensor, push: Tensor, length: float) -> Tensor:
+    return c.finish(push=push, strength=at(1.0), beside=torch.randn_like(picture))
+
+
+@pytest.mark.parametrize(
+    "finished",
+    [told_the_length, told_it_indirectly, told_within_an_operator, told_in_parts, told_noise],
+    ids=lambda way: way.__name__,
+)
+def test_no_size_hides_in_another_component(finished: Callable[..., Tensor]) -> None:
+    """Time runs evenly and so do the sums; what the other component does with it is unknown."""
+    lengths = [0.05, 0.35, 0.02, 0.28, 0.2, 0.1]
+
+    def sample(c: Any, start: Tensor, hint: Tensor) -> Tensor:
+        picture, ts = start, times()
+        for now, length in zip(ts, lengths, strict=False):
+            push = c.mover(picture=picture, when=at(now), hint=hint)
+            picture = picture + finished(c, picture, push, length)
+        return picture
+
+    reason = refusal(program(sample, others=finishing()))
+    assert "the drift of step 1 is computed otherwise than that of step 0" in reason
 
 
 def test_a_state_that_enters_scaled_is_refused() -> None:

@@ -500,6 +500,39 @@ def test_other_samplers_are_declined_with_the_reason() -> None:
     )
 
 
+@pytest.mark.parametrize("hidden", ["in another component", "by the numbers of the steps"])
+def test_steps_of_unknown_length_are_declined(hidden: str) -> None:
+    """A leap by lengths that are not those of the flow would end far from the sampler's film."""
+    lengths = [0.02, 0.02, 0.1, 0.36, 0.5]
+
+    class Scaled(nn.Module):
+        def forward(self, push: Tensor, length: Tensor) -> Tensor:
+            return push * length.view(-1, 1, 1, 1, 1)
+
+    def sample(c: Any, noise: Tensor) -> Tensor:
+        film = noise
+        for index, length in enumerate(lengths):
+            if hidden == "in another component":
+                push = c.net(x=film, t=torch.full((1,), 1000 - 200 * index))
+                film = film + c.scaled(push=push, length=torch.full((1,), length))
+            else:
+                film = film + c.net(x=film, t=torch.full((1,), 5 - index)) * length
+        return film
+
+    start = torch.randn(1, 2, 2, 3, 4, generator=torch.Generator().manual_seed(1))
+    inputs = {"x": start, "t": torch.zeros(1, dtype=torch.int64)}
+    scaled = ModelSpec(Scaled(), {"push": start, "length": torch.ones(1)})
+    parts = {"net": ModelSpec(Table(settling(0, steps=5)), inputs)}
+    if hidden == "in another component":
+        parts["scaled"] = scaled
+    program = capture(PipelineSpec(parts, sample, {"noise": start}))
+    made, context = leaped(program, at=1)
+    reasons = {each.place: each.reason for each in context.declined}
+    expected = "is computed otherwise" if hidden == "in another component" else "goes from 5 to 4"
+    assert expected in reasons["net"]
+    assert fingerprint(made) == fingerprint(program)
+
+
 def test_a_host_that_leaps_is_left_alone() -> None:
     once, _ = leaped(table_program(settling(0)), at=9)
     twice, context = leaped(once, at=3)
