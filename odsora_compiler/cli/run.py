@@ -186,7 +186,10 @@ def run_command(
             f"{record.seconds('load'):.2f} s, peak weights {size_text(runner.peak_weight_bytes)}"
         )
 
-    guarded(work, f"nothing was left at {out}" if out else "")
+    left = ""
+    if out is not None:
+        left = f"{out} was not changed" if out.exists() else f"nothing was left at {out}"
+    guarded(work, left)
 
 
 def _check_sources(given: list[bool], out: Path | None) -> None:
@@ -213,7 +216,11 @@ def _check_files(out: Path | None, trace: Path | None, force: bool) -> None:
             )
         check_output_file(out, force)
     if trace is not None:
-        check_output_file(trace, force=True)
+        if out is not None and out.resolve() == trace.resolve():
+            raise UsageError(
+                f"-o and --trace both name {out}", "Give the trace a file of its own: trace.json."
+            )
+        check_output_file(trace, force)
 
 
 def _run(

@@ -28,10 +28,12 @@ from odsora_compiler.frontend.weightless import (
     weightless,
 )
 from odsora_compiler.ir.axis_names import parse_axes
+from odsora_compiler.ir.component_names import NAME_HINT, is_component_name
 from odsora_compiler.ir.function import Function
 from odsora_compiler.ir.host import single_call_host
 from odsora_compiler.ir.program import Component, ComputeUnits, Program
 from odsora_compiler.ir.serialize import load_program
+from odsora_compiler.ir.text_to_video import TextToVideo
 from odsora_compiler.ir.verify import verify_program
 from odsora_compiler.ir.weights import (
     CastWeights,
@@ -92,6 +94,7 @@ def _capture_path(
 
 def _capture_spec(spec: ModelSpec | PipelineSpec, name: str, weights: str | Path | None) -> Program:
     if isinstance(spec, ModelSpec):
+        _check_component_name(name)
         sources = {} if weights is None else {name: Path(weights)}
         components = _capture_components({name: _examined(spec)}, sources, in_pipeline=False)
         component = components[name]
@@ -115,17 +118,47 @@ def _capture_spec(spec: ModelSpec | PipelineSpec, name: str, weights: str | Path
     return program
 
 
+def _check_component_name(name: object) -> None:
+    if not is_component_name(name):
+        raise CaptureError(f"a component cannot be called {name!r}", NAME_HINT)
+
+
+def _check_text_to_video(roles: TextToVideo) -> None:
+    """Before the long work, what a run would only find after it."""
+    if not isinstance(roles, TextToVideo):
+        raise CaptureError(
+            f"PipelineSpec.text_to_video is a {type(roles).__name__}, not a TextToVideo",
+            "Give odsora_compiler.TextToVideo(tokenizer, …).",
+        )
+    for problem in roles.problems():
+        what, _, remedy = problem.rpartition("; ")
+        raise CaptureError(what, remedy[:1].upper() + remedy[1:] + ".")
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_str(roles.tokenizer)
+    except Exception as error:  # The library raises Exception itself.
+        raise CaptureError(
+            f"text_to_video: the tokenizer cannot be read: {error}",
+            "Give the text of a tokenizer.json: Path('tokenizer.json').read_text().",
+        ) from error
+
+
 def _capture_pipeline(spec: PipelineSpec, name: str, weights: str | Path | None) -> Program:
     if not isinstance(spec.components, Mapping) or not spec.components:
         raise CaptureError(
             "PipelineSpec.components names no component",
             "Give a mapping of names to ModelSpec: components={'denoiser': ModelSpec(…)}.",
         )
+    for key in spec.components:
+        _check_component_name(key)
     if not callable(spec.host):
         raise CaptureError(
             f"PipelineSpec.host is a {type(spec.host).__name__}, not a function",
             "Give a function that is called as host(c, **inputs).",
         )
+    if spec.text_to_video is not None:
+        _check_text_to_video(spec.text_to_video)
     examples = _examples(spec.inputs, "PipelineSpec", "keyword arguments of the host")
     axes = _checked_axes(spec.axes, examples)
     examined = {key: _named(key, _examined, part) for key, part in spec.components.items()}

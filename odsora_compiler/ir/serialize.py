@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +19,7 @@ from safetensors.torch import save_file
 from torch import fx
 
 from odsora_compiler.errors import PackageError, UsageError, WeightsError
+from odsora_compiler.ir.component_names import NAME_HINT, is_component_name
 from odsora_compiler.ir.encoding import (
     decode_argument,
     encode_argument,
@@ -37,22 +40,25 @@ def save_program(program: Program, folder: str | Path) -> Path:
     """Write `program` as a folder: `program.json`, tensors of the host, weights per component.
 
     Weights that functions use are copied shard by shard (1 GiB), so a program larger than memory
-    can be saved. The folder must not exist; raises `UsageError` when it does.
+    can be saved. The folder must not exist; raises `UsageError` when it does, or when a component's
+    name cannot be that of a file. It is written beside its place, so a failure leaves no part.
     """
     folder = Path(folder)
+    for name in program.components:
+        if not is_component_name(name):
+            raise UsageError(f"a component cannot be called {name!r}", NAME_HINT)
+    if folder.exists() or folder.is_symlink():
+        raise UsageError(f"{folder}: a program cannot be saved there (it exists)")
+    partial = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}.partial")
     try:
-        folder.mkdir(parents=True)
+        partial.mkdir(parents=True)
     except OSError as error:
         raise UsageError(f"{folder}: a program cannot be saved there ({error.strerror})") from error
-    for component in program.components.values():
-        _save_weights(component, folder / "weights" / component.name)
-    _save_tensors(program.examples, folder / "examples.safetensors")
-    _save_tensors(program.constants, folder / "constants.safetensors")
-    (folder / "examples").mkdir()
-    for name, component in program.components.items():
-        _save_tensors(component.examples, folder / "examples" / f"{name}.safetensors")
-    text = json.dumps({"schema": SCHEMA_VERSION, **program_to_data(program)}, indent=1)
-    (folder / "program.json").write_text(text)
+    try:
+        _write_program(program, partial)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
@@ -80,9 +86,26 @@ def load_program(folder: str | Path) -> Program:
         raise PackageError(error.message, error.hint) from error
 
 
+def _write_program(program: Program, folder: Path) -> None:
+    for component in program.components.values():
+        _save_weights(component, folder / "weights" / component.name)
+    _save_tensors(program.examples, folder / "examples.safetensors")
+    _save_tensors(program.constants, folder / "constants.safetensors")
+    (folder / "examples").mkdir()
+    for name, component in program.components.items():
+        _save_tensors(component.examples, folder / "examples" / f"{name}.safetensors")
+    text = json.dumps({"schema": SCHEMA_VERSION, **program_to_data(program)}, indent=1)
+    (folder / "program.json").write_text(text)
+
+
 def _read_program(data: dict[str, Any], folder: Path) -> Program:
     components = {}
     for name, entry in data["components"].items():
+        if not is_component_name(name):
+            raise PackageError(
+                f"{folder}: a component of the saved program cannot be called {name!r}",
+                "Save the program again.",
+            )
         components[name] = Component(
             name,
             {key: function_from_data(value) for key, value in entry["functions"].items()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -236,6 +237,10 @@ def _text_to_video_problems(program: Program) -> Iterator[str]:
     roles = program.text_to_video
     if roles is None:
         return
+    wrong = list(roles.problems())
+    if wrong:
+        yield from wrong
+        return
     inputs = {spec.name: spec for spec in program.inputs}
     for role, name in (
         ("tokens", roles.tokens),
@@ -245,6 +250,17 @@ def _text_to_video_problems(program: Program) -> Iterator[str]:
     ):
         if name not in inputs and (name or role in ("tokens", "noise")):
             yield f"text_to_video: the {role} '{name}' is no input, {nearest(name, inputs)}"
+    tokens = inputs.get(roles.tokens)
+    for role, name in (("tokens", roles.tokens), ("mask", roles.mask)):
+        spec = inputs.get(name)
+        if spec is None or tokens is None:
+            continue
+        fits = spec.dtype == torch.int64 and len(spec.shape) == 2 and spec.shape[0] == 1
+        if not fits or spec.shape != tokens.shape:
+            yield f"text_to_video: the {role} are {spec}; make that input int64[1, L], L tokens"
+    guidance = inputs.get(roles.guidance)
+    if guidance is not None and (guidance.dtype != torch.float32 or math.prod(guidance.shape) != 1):
+        yield f"text_to_video: the guidance is {guidance}; make that input one float32"
     found = next((spec for spec in program.outputs if spec.name == roles.video), None)
     if found is None or len(found.shape) != 5 or found.shape[:2] != (1, 3):
         yield f"text_to_video: there is no output '{roles.video}' [1, 3, frames, height, width]"

@@ -19,7 +19,7 @@ def check_output_file(path: Path, force: bool) -> None:
     if path.is_dir():
         raise UsageError(f"{path} is a folder", "Name a file.")
     if path.exists() and not force:
-        raise UsageError(f"{path} exists", "Give --force to replace it, or another -o.")
+        raise UsageError(f"{path} exists", "Give --force to replace it, or choose another place.")
     partial = _partial(path)
     try:
         # Asked of the file system itself: permissions alone do not tell of read-only disks.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
 # Random operations of a host take the other 32 bits of a generator's seed.
 LARGEST_SEED = 2**32 - 1
 AESTHETIC_SCORES = (0.0, 10.0)
+# Guidances of use are below 20; far beyond, numbers leave the range of half precision.
+LARGEST_GUIDANCE = 1000.0
 
 _SCORE = "{aesthetic_score}"
 _SHOWN = 40  # characters of a prompt that a message repeats
@@ -99,7 +100,7 @@ def host_inputs(
 
     Inputs that `text` gives no role keep their `examples`, and so does the guidance where it is
     None. Raises `UsageError` like `encode_prompt` and `noise`, and on a `guidance` that is not
-    finite or that the host does not take.
+    in -1000..1000 or that the host does not take.
     """
     by_name = {spec.name: spec for spec in specs}
     for role in (text.tokens, text.mask, text.noise, text.guidance):
@@ -116,8 +117,12 @@ def host_inputs(
     if guidance is not None:
         if not text.guidance:
             raise UsageError("this bundle has no guidance", "Leave out --guidance.")
-        if not math.isfinite(guidance):
-            raise UsageError(f"a guidance of {guidance}", "Give a number, such as 3.")
+        # Also false for nan.
+        if not -LARGEST_GUIDANCE <= guidance <= LARGEST_GUIDANCE:
+            raise UsageError(
+                f"a guidance of {guidance:g}",
+                f"Give a number from {-LARGEST_GUIDANCE:g} to {LARGEST_GUIDANCE:g}, such as 3.",
+            )
         found[text.guidance] = torch.full(by_name[text.guidance].shape, guidance)
     return {name: found[name].to(spec.dtype) for name, spec in by_name.items()}, encoded.warnings
 

@@ -9,6 +9,8 @@ import torch
 from conftest import MODEL, InFolder, run
 from safetensors.torch import load_file, save_file
 
+from odsora_compiler.runtime.runner import Runner
+
 
 def inputs() -> dict[str, torch.Tensor]:
     torch.manual_seed(7)
@@ -78,6 +80,7 @@ def changed(bundle: Path, folder: Path) -> Path:
         ("no manifest", "not a bundle"),
         ("broken manifest", "not valid JSON"),
         ("outside", "outside"),
+        ("component", "a component cannot be called '../net'"),
     ],
 )
 def test_damaged_bundles_are_refused(
@@ -102,6 +105,9 @@ def test_damaged_bundles_are_refused(
         manifest.unlink()
     elif change == "broken manifest":
         manifest.write_text(manifest.read_text()[:-50])
+    elif change == "component":
+        data["components"]["../net"] = data["components"].pop("net")
+        manifest.write_text(json.dumps(data))
     elif change == "outside":
         package["path"] = "../../etc"
         manifest.write_text(json.dumps(data))
@@ -169,6 +175,38 @@ def test_an_output_is_not_overwritten_without_force(
     result = odsora_run(bundle, "--example", "-o", "out.safetensors")
     assert result.exit_code == 2 and "--force" in result.stderr
     assert (tmp_path / "out.safetensors").read_text() == "precious"
+
+
+def test_a_trace_replaces_nothing_without_force(
+    bundle: Path, tmp_path: Path, odsora_run: InFolder
+) -> None:
+    (tmp_path / "trace.json").write_text("precious")
+    result = odsora_run(bundle, "--example", "--trace", "trace.json")
+    assert result.exit_code == 2 and "trace.json exists" in result.stderr
+    assert (tmp_path / "trace.json").read_text() == "precious"
+    assert odsora_run(bundle, "--example", "--trace", "trace.json", "--force").exit_code == 0
+    assert "traceEvents" in json.loads((tmp_path / "trace.json").read_text())
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_interrupted_run_says_what_is_there(
+    bundle: Path,
+    tmp_path: Path,
+    odsora_run: InFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    there: bool,
+) -> None:
+    def interrupted(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Runner, "run", interrupted)
+    keep = tmp_path / "keep.safetensors"
+    if there:
+        keep.write_text("precious")
+    result = odsora_run(bundle, "--example", "-o", "keep.safetensors", "--force")
+    said = "keep.safetensors was not changed" if there else "nothing was left at keep.safetensors"
+    assert result.exit_code == 1 and f"interrupted; {said}" in result.stderr
+    assert keep.exists() == there and (not there or keep.read_text() == "precious")
 
 
 RETURNS_TWICE = """

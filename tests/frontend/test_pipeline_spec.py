@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from samplers import Drift, Z, drift_spec, numbers, pipeline
+from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 
 import odsora_compiler as odsora
-from odsora_compiler.errors import CaptureError, UsageError, WeightsError
+from odsora_compiler.errors import CaptureError, UsageError, VerificationError, WeightsError
 from odsora_compiler.ir.program import Program
 from odsora_compiler.ir.reference import evaluate_program
 from odsora_compiler.ir.serialize import load_program, save_program
@@ -84,16 +85,59 @@ def test_facts_name_the_axes_of_components() -> None:
 
 
 def test_roles_of_text_to_video_are_handed_on() -> None:
-    roles = odsora.TextToVideo("{}", tokens="ids", mask="", guidance="", fps=8.0)
+    roles = odsora.TextToVideo(TOKENIZER, tokens="ids", mask="", guidance="", fps=8.0)
+    assert of_film(roles).text_to_video is roles
 
-    def host(c: Any, ids: Tensor, z: Tensor) -> dict[str, Tensor]:
+
+TOKENIZER = Tokenizer(models.BPE()).to_str()
+
+
+def of_film(roles: odsora.TextToVideo, **inputs: Tensor) -> Program:
+    def host(c: Any, ids: Tensor, z: Tensor, **more: Tensor) -> dict[str, Tensor]:
         z = z + c.encoder(ids=ids)
         return {"video": c.drift(z=z, t=torch.ones(1))[:, :3, None]}
 
-    program = odsora.capture(
-        spec(host=host, inputs={"ids": torch.ones(1, 3).long(), "z": Z}, text_to_video=roles)
-    )
-    assert program.text_to_video is roles
+    given = {"ids": torch.ones(1, 3).long(), "z": Z, **inputs}
+    return odsora.capture(spec(host=host, inputs=given, text_to_video=roles))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "remedy"),
+    [
+        ("tokenizer", "{}", "tokenizer.json"),
+        ("tokenizer", 3, "give a text"),
+        ("mask", None, "give a text"),
+        ("fps", 0.0, "above 0"),
+        ("fps", float("nan"), "above 0"),
+        ("fps", float("inf"), "above 0"),
+        ("padding", -1, "0 or more"),
+        ("aesthetic_score", 10.5, "from 0 to 10"),
+        ("suffix", " {foo}", "only {aesthetic_score}"),
+        ("suffix", " {aesthetic_score:.2f}", "without a format"),
+        ("suffix", " {", "only {aesthetic_score}"),
+    ],
+)
+def test_fields_of_text_to_video_are_checked(field: str, value: Any, remedy: str) -> None:
+    given: dict[str, Any] = {"tokenizer": TOKENIZER, "tokens": "ids", "mask": "", "guidance": ""}
+    with pytest.raises(CaptureError, match=field) as caught:
+        of_film(odsora.TextToVideo(**{**given, field: value}))
+    assert remedy.lower() in caught.value.hint.lower()
+
+
+@pytest.mark.parametrize(
+    ("role", "value", "remedy"),
+    [
+        ("mask", torch.ones(1, 3), "int64"),
+        ("mask", torch.ones(1, 4).long(), "int64"),
+        ("mask", torch.ones(3).long(), "int64"),
+        ("guidance", torch.ones(2), "one float32"),
+        ("guidance", torch.ones(1).double(), "one float32"),
+    ],
+)
+def test_inputs_with_a_role_have_its_shape(role: str, value: Tensor, remedy: str) -> None:
+    given: dict[str, Any] = {"tokens": "ids", "mask": "", "guidance": "", role: "given"}
+    with pytest.raises(VerificationError, match=f"the {role} .*{remedy}"):
+        of_film(odsora.TextToVideo(TOKENIZER, **given), given=value)
 
 
 def test_a_pipeline_is_saved_and_loaded(tmp_path: Path) -> None:
@@ -143,6 +187,13 @@ def test_errors_of_a_component_name_it() -> None:
         pipeline(lambda c, z: c.broken(z=z), {"z": Z}, parts)
     with pytest.raises(UsageError, match="axes name an input 'zz'"):
         odsora.capture(spec(axes={"zz": "b c h w"}))
+
+
+@pytest.mark.parametrize("name", ["../../esc", "a/b", "", ".hidden", "dot.", 3])
+def test_a_component_is_not_named_by_a_path(name: Any) -> None:
+    with pytest.raises(CaptureError, match="a component cannot be called") as caught:
+        odsora.capture(spec(components={**spec().components, name: drift_spec()}))
+    assert repr(name) in caught.value.message and "No /, " in caught.value.hint
 
 
 def test_components_may_share_a_module() -> None:

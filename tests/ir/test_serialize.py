@@ -13,7 +13,7 @@ import torch
 from small_programs import aten, new_function, planned_program, returns, small_program
 from torch import nn
 
-from odsora_compiler.errors import PackageError, UsageError
+from odsora_compiler.errors import PackageError, UsageError, WeightsError
 from odsora_compiler.frontend.capture import capture
 from odsora_compiler.frontend.spec import ModelSpec
 from odsora_compiler.ir.edit import Editor
@@ -337,3 +337,55 @@ def test_nothing_is_saved_over(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be saved there"):
         save_program(small_program(), folder)
     load_program(folder)
+
+
+UNSAFE_NAMES = [
+    "../../esc",
+    "a/b",
+    "a\\b",
+    "",
+    ".",
+    "..",
+    ".hidden",
+    "dot.",
+    "a\n",
+    "/tmp/x",
+    "C:x",
+]
+
+
+@pytest.mark.parametrize("name", UNSAFE_NAMES)
+def test_a_name_that_is_a_path_is_neither_saved_nor_loaded(tmp_path: Path, name: str) -> None:
+    program = small_program()
+    component = program.component("net")
+    component.name = name
+    program.components = {name: component}
+    with pytest.raises(UsageError, match="cannot be called"):
+        save_program(program, tmp_path / "deep" / "er" / "p")
+    assert list(tmp_path.iterdir()) == []
+    folder = save_program(small_program(), tmp_path / "p")
+    data = json.loads((folder / "program.json").read_text())
+    data["components"] = {name: data["components"]["net"]}
+    (folder / "program.json").write_text(json.dumps(data))
+    with pytest.raises(PackageError, match="cannot be called") as caught:
+        load_program(folder)
+    assert repr(name) in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["my model", "ü", "u\u0308", "v1.2-final_(1)", "3d"])
+def test_names_of_ordinary_files_are_saved(tmp_path: Path, name: str) -> None:
+    (tmp_path / f"{name}.py").write_text(
+        "import torch\nimport odsora_compiler as odsora\n"
+        "def build():\n"
+        "    return odsora.ModelSpec(torch.nn.Linear(2, 2), {'input': torch.ones(1, 2)})\n"
+    )
+    program = capture(tmp_path / f"{name}.py")
+    assert list(round_trip(program, tmp_path / "p").components) == [name]
+
+
+def test_a_failure_leaves_no_part_of_a_program(tmp_path: Path) -> None:
+    program = small_program()
+    program.component("net").weights = TensorWeights({"w": torch.zeros(8, 4)})
+    with pytest.raises(WeightsError, match="bias"):
+        save_program(program, tmp_path / "p")
+    assert list(tmp_path.iterdir()) == []

@@ -253,6 +253,8 @@ def test_every_input_of_the_host_is_given() -> None:
     [
         ({"guidance": ""}, 2.0, UsageError, "no guidance"),
         ({"guidance": "weight"}, float("nan"), UsageError, "a guidance of nan"),
+        ({"guidance": "weight"}, 1e40, UsageError, r"a guidance of 1e\+40"),
+        ({"guidance": "weight"}, -1000.5, UsageError, "from -1000 to 1000"),
         ({"guidance": "wieght"}, None, PackageError, "no input 'wieght'"),
     ],
 )
