@@ -4,6 +4,7 @@ BIN := .venv/bin
 READY := .venv/ready
 PROMPT ?= a red circle moving left
 SEED ?= 7
+export PROMPT SEED
 
 .PHONY: demo test lint bench quality clean
 
@@ -11,9 +12,9 @@ demo: $(READY)
 	mkdir -p out
 	$(BIN)/odsora-compile examples/shapes/pipeline.py --passes tdtm,lpl,cidl \
 	    -o out/shapes.odsora --force
-	$(BIN)/odsora-run out/shapes.odsora --prompt '$(PROMPT)' --seed $(SEED) \
+	$(BIN)/odsora-run out/shapes.odsora --prompt "$$PROMPT" --seed "$$SEED" \
 	    -o out/film.mp4 --force
-	$(BIN)/odsora-run out/shapes.odsora --prompt '$(PROMPT)' --seed $(SEED) \
+	$(BIN)/odsora-run out/shapes.odsora --prompt "$$PROMPT" --seed "$$SEED" \
 	    -o out/film.png --force
 
 test: $(READY)

@@ -1,7 +1,7 @@
 """What sampler rewrites and token merging cost and give: films scored from their pixels.
 
     python benchmarks/quality.py --plot docs/quality.png    both tables: tens of minutes
-    python benchmarks/quality.py --films 4 --table rows     a quick look
+    python benchmarks/quality.py --films 4 --table rows --only lpl     a quick look
 
 The model is examples/shapes. Prompts (all 48 in turn) and seeds are the same for every row, rows
 alternate film by film. `rows`: each row is the program after the row's passes, run by PyTorch in
@@ -67,13 +67,13 @@ ROWS: dict[str, Row] = {
     "lpl adaptive, tensor": ("lpl{scope=tensor}", STEPS),
     "lpl adaptive from step 5, slice": ("lpl{min_steps=5 scope=slice}", STEPS),
     "lpl adaptive from step 5, tensor": ("lpl{min_steps=5 scope=tensor}", STEPS),
-    "tdtm all steps": ("tdtm{steps=none}", STEPS),
-    "tdtm all steps, center": ("tdtm{steps=none positions=center}", STEPS),
-    "tdtm first half": ("tdtm{steps=15}", STEPS),
-    "tdtm first half, center": ("tdtm{steps=15 positions=center}", STEPS),
+    "tdtm all steps": ("tdtm{steps=none positions=center}", STEPS),
+    "tdtm all steps, compact": ("tdtm{steps=none positions=compact}", STEPS),
+    "tdtm first half": ("tdtm{steps=15 positions=center}", STEPS),
+    "tdtm first half, compact": ("tdtm{steps=15 positions=compact}", STEPS),
     "tdtm spatial": ("tdtm{steps=none sites=spatial}", STEPS),
-    "tdtm temporal": ("tdtm{steps=none sites=temporal}", STEPS),
-    "tdtm temporal, center": ("tdtm{steps=none sites=temporal positions=center}", STEPS),
+    "tdtm temporal": ("tdtm{steps=none sites=temporal positions=center}", STEPS),
+    "tdtm temporal, compact": ("tdtm{steps=none sites=temporal positions=compact}", STEPS),
     "tdtm cross": ("tdtm{steps=none sites=cross}", STEPS),
     "tdtm all steps, lpl at 14": ("tdtm{steps=none},lpl{at=14}", STEPS),
     "tdtm first half, lpl at 14": ("tdtm{steps=15},lpl{at=14}", STEPS),
@@ -165,10 +165,19 @@ def main() -> None:
     parser.add_argument("--bundle-films", type=int, default=96, help="films a row of `bundles`")
     parser.add_argument("--seed", type=int, default=1000, help="of the first film")
     parser.add_argument("--table", choices=["rows", "bundles", "both"], default="both")
+    parser.add_argument(
+        "--only", nargs="+", default=[], help="rows whose names hold one of these, and the first"
+    )
     parser.add_argument("--plot", type=Path, help="write the Pareto plot of `rows` there (PNG)")
     chosen = parser.parse_args()
     if chosen.table != "bundles":
-        makers = {name: Maker(row) for name, row in ROWS.items()}
+        first = next(iter(ROWS))
+        chosen_rows = [
+            name
+            for name in ROWS
+            if name == first or not chosen.only or any(text in name for text in chosen.only)
+        ]
+        makers = {name: Maker(ROWS[name]) for name in chosen_rows}
         scores = measure(makers, chosen.films, chosen.seed)
         print(f"{chosen.films} films a row, PyTorch, fp32, {torch.get_num_threads()} threads\n")
         print_table(scores)

@@ -52,9 +52,10 @@ class TDTM(Pass):
         (Site.SPATIAL, Site.TEMPORAL, Site.CROSS), "kinds of attention to merge around"
     )
     positions: Positions = option(
-        Positions.COMPACT,
-        "numbers of merged tokens in position embeddings: 0, 1, 2, … as published, or the centers "
-        "½, 2½, 4½, … of the merged frames",
+        Positions.CENTER,
+        "numbers of merged tokens in position embeddings: the centers ½, 2½, 4½, … of the merged "
+        "frames, or 0, 1, 2, … as published, with which time runs half as fast (which way things "
+        "move is lost then, see benchmarks/quality.py); stored tables have no centers",
     )
     steps: int | None = option(
         None,

@@ -128,14 +128,23 @@ def _spell_out_rms_norm(editor: Editor, node: fx.Node) -> fx.Node:
     return normed if weight is None else editor.call(aten.mul.Tensor, normed, weight)
 
 
-def _merge_inner_axes(editor: Editor, node: fx.Node) -> fx.Node:
-    x, *rest = node.args
-    assert isinstance(x, fx.Node)
+def _normalise_groups_as_layers(editor: Editor, node: fx.Node) -> fx.Node:
+    given = dict(zip(("x", "groups", "weight", "bias", "eps"), node.args, strict=False))
+    x, groups, weight, bias = (given.get(name) for name in ("x", "groups", "weight", "bias"))
+    eps = given.get("eps", 1e-5)
+    assert isinstance(x, fx.Node) and isinstance(groups, int)
     shape = list(x.meta["val"].shape)
-    flat = editor.call(aten.view.default, x, [*shape[:3], math.prod(shape[3:])])
-    kwargs: Any = node.kwargs
-    normed = editor.call(aten.group_norm.default, flat, *rest, **kwargs)
-    return editor.call(aten.view.default, normed, shape)
+    each = math.prod(shape[1:]) // groups
+    rows = editor.call(aten.view.default, x, [shape[0], groups, each])
+    normed = editor.call(aten.layer_norm.default, rows, [each], None, None, eps)
+    out = editor.call(aten.view.default, normed, shape)
+    channels = [shape[1]] + [1] * (len(shape) - 2)
+    if weight is not None:
+        factor = editor.call(aten.view.default, weight, channels)
+        out = editor.call(aten.mul.Tensor, out, factor)
+    if bias is not None:
+        out = editor.call(aten.add.Tensor, out, editor.call(aten.view.default, bias, channels))
+    return out
 
 
 def _divide_one(editor: Editor, node: fx.Node) -> fx.Node:
@@ -477,11 +486,12 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         _spell_out_rms_norm,
     ),
     _rule(
-        "group-norm-rank",
-        "the front end splits the channels, which makes rank 6 of a video",
+        "group-norm",
+        "the front end squares deviations, which overflow half precision beyond 255, and splits "
+        "the channels, which makes rank 6 of a video",
         {aten.group_norm.default},
-        lambda node: node.meta["val"].dim() > 4,
-        _merge_inner_axes,
+        lambda node: True,
+        _normalise_groups_as_layers,
     ),
     _rule(
         "reciprocal",

@@ -246,6 +246,20 @@ def test_where_the_whole_is_too_expensive_each_structure_runs_once(tmp_path: Pat
     assert len(report.weights_compared) == 4 * 6 and not report.functions
 
 
+@pytest.mark.parametrize("shape", [(2, 8, 5), (2, 8, 3, 5), (1, 8, 3, 4, 5)])
+def test_groups_of_large_numbers_are_normalised_in_half_precision(
+    tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    """Their squares would be beyond 65504."""
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(4, 8)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    program = odsora.capture(odsora.ModelSpec(norm, {"input": 1000 * torch.randn(shape)}))
+    report = lowered_and_accepted(program, tmp_path / "b", LoweringSettings("fp16"))
+    assert report.functions["model.base"].relative < 2e-3
+
+
 class Normed(nn.Module):
     """Blocks of a norm over 32 features, whose weight coremltools keeps under a name of its own."""
 
@@ -404,7 +418,9 @@ def test_the_golden_denoiser_end_to_end(tmp_path: Path, precision: str) -> None:
         ROOT / "examples/open_sora/stdit3.py", options, tmp_path / "weights.safetensors"
     )
     program.examples = inputs
-    program = odsora.run_passes(program, "tdtm,cidl{budget=300kB}", precision=precision)
+    program = odsora.run_passes(
+        program, "tdtm{positions=compact},cidl{budget=300kB}", precision=precision
+    )
     bundle = odsora.lower(program, tmp_path / "golden.odsora", precision=precision)
     runner = odsora.load(bundle)
     for function, name in (("tdtm", "out.tdtm_masked_text"), ("base", "out.masked_text")):

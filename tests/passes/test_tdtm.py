@@ -45,9 +45,9 @@ models = load("video_models", Path(__file__).parent / "video_models.py")
 
 
 def run(program: Program, **options: Any) -> Context:
-    """Run the pass and check the structure of what it made."""
+    """Run the pass, with positions as published, and check the structure of what it made."""
     context = Context("tdtm")
-    TDTM(**options).run(program, context)
+    TDTM(**{"positions": Positions.COMPACT, **options}).run(program, context)
     verify_program(program)
     return context
 

@@ -84,6 +84,7 @@ def test_components_are_chosen_by_name(program: Program) -> None:
         "other",
         {"base": program.component("model").function("base").copy()},
         program.component("model").weights,
+        examples=program.component("model").examples,
     )
     result = run(two, "palettize{bits=8 components=other},palettize{bits=2 components=model}")
     bits = {
