@@ -1,8 +1,12 @@
 """Films of coloured shapes that move, and what they are called: the data the small model learns.
 
-A clip shows one shape of one colour that moves one way at a steady speed before a dark background
-and stays in the picture. Size, start, speed and brightness vary, so there are many clips for one
-prompt. Reading a film back is in reading.py.
+A clip shows one shape of one colour that moves at a steady speed from about the middle of the
+picture to one of its edges, before a dark background that brightens a little like the sky at dawn.
+Size, place, speed and brightness vary, so there are many clips for one prompt.
+
+Place and background both tell an early frame from a late one. The denoiser needs that: its rotary
+attention knows how far frames are apart but not which is the first, so without it left and right
+are told apart much later in training than everything else. Reading a film back is in reading.py.
 """
 
 from __future__ import annotations
@@ -83,23 +87,23 @@ def render(
 ) -> NDArray[np.float32]:
     """A clip of `subject`, [frames, 3, 32, 32] in 0..1.
 
-    The shape moves 10 to 14 pixels in all, whatever the number of frames.
+    The shape moves 10 to 13 pixels in all, whatever the number of frames.
     """
-    size = random.uniform(5.5, 7.0)
-    travel = random.uniform(10.0, 14.0)
-    margin = size + 1  # the outermost position of the centre; the other axis is freer
-    across = random.uniform(margin, PIXELS - margin)
-    begin = random.uniform(margin, PIXELS - margin - travel)
-    along = begin + travel * np.linspace(0, 1, frames)
+    size = random.uniform(4.5, 5.5)
+    middle = PIXELS / 2
+    along = np.linspace(middle + random.uniform(1.0, 3.0), size + 1.5, frames)
+    across = middle + random.uniform(-2.0, 2.0)
     dx, dy = DIRECTIONS[subject.direction]
-    if dx + dy < 0:
+    if dx + dy > 0:
         along = PIXELS - along
     centres = np.stack(np.broadcast_arrays(*((along, across) if dx else (across, along))), axis=1)
 
-    background = random.uniform(0.03, 0.10) + random.uniform(-0.015, 0.015, size=3)
+    tint = random.uniform(-0.015, 0.015, size=3)
+    night, dawn = random.uniform(0.02, 0.05), random.uniform(0.11, 0.14)
+    background = (np.linspace(night, dawn, frames)[:, None] + tint)[:, :, None, None]
     colour = np.array(COLOURS[subject.colour]) * random.uniform(0.85, 1.0)
     cover = coverage(subject.shape, centres, size)[:, None]
-    film = background[:, None, None] * (1 - cover) + colour[:, None, None] * cover
+    film = background * (1 - cover) + colour[:, None, None] * cover
     return film.astype(np.float32)
 
 

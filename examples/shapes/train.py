@@ -41,15 +41,18 @@ from vae import SPATIAL_SCALE, VideoVAE
 
 PROCESSES = 2
 CLIPS_OF_A_SUBJECT = 64
-SPATIAL_STEPS, SPATIAL_BATCH = 1400, 32  # frames
-TEMPORAL_STEPS, TEMPORAL_BATCH = 1400, 8  # groups of 17 frames
+SPATIAL_STEPS, SPATIAL_BATCH = 1200, 32  # frames
+TEMPORAL_STEPS, TEMPORAL_BATCH = 1200, 8  # groups of 17 frames
 TEXT_STEPS, TEXT_BATCH = 300, 64
-FLOW_STEPS, FLOW_BATCH = 3000, 16
+FLOW_STEPS, FLOW_BATCH = 3500, 16
 FLOW_RATE = 1e-3
 KL_WEIGHT = 3e-5  # of the mean over latent elements, against the mean error of a pixel
 FRAMES_DECODED = 2  # of each group, where the temporal stage looks at pixels
 TEXT_DROPPED = 0.1  # share of the captions replaced by the embedding of no text
 CHECKPOINT_STEPS = 1000  # of the last stage
+# Where a shape goes is settled while the state is nearly all noise, above about s = 0.85, because
+# many latent elements of every frame tell of it; most of the training has to happen there.
+NOISY, SPREAD = 1.0, 1.4  # mean and deviation of log(s / (1 - s)), s being timestep / 1000
 AVERAGE = 0.999  # decay of the moving average of weights
 SEEDS = (0, 1)  # of the evaluation
 
@@ -307,7 +310,7 @@ def train_flow(
 
         data = latents[torch.from_numpy(chosen)]
         noise = torch.randn_like(data)
-        s = torch.sigmoid(torch.randn(len(chosen)))
+        s = torch.sigmoid(NOISY + SPREAD * torch.randn(len(chosen)))
         share = s[:, None, None, None, None]
         z = (1 - share) * data + share * noise
         drift = networks.drift(model.denoiser, z, 1000 * s, y, mask)

@@ -41,14 +41,11 @@ def test_rendering_is_seeded_and_varied() -> None:
 
 
 def test_shapes_stay_in_the_picture() -> None:
-    for _, film in films(3, 2):
-        edges = np.concatenate(
-            [film[:, :, 0], film[:, :, -1], film[:, :, :, 0], film[:, :, :, -1]], 2
-        )
-        background = np.median(film, axis=(0, 2, 3))
-        np.testing.assert_allclose(
-            edges, np.broadcast_to(background[:, None], edges.shape), atol=1e-6
-        )
+    for _, film in films(3, 4):
+        sides = (film[:, :, 0], film[:, :, -1], film[:, :, :, 0], film[:, :, :, -1])
+        difference = np.concatenate(sides, axis=2) - np.median(film, axis=(0, 2, 3))[:, None]
+        # A tip that ends in the last pixel but one may tint the last: a tenth of it at most.
+        assert np.abs(difference).max() < 0.1
 
 
 def test_reading_is_right_on_fresh_clips() -> None:
