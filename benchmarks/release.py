@@ -25,6 +25,12 @@ from safetensors.torch import save_file
 from odsora_compiler.ir.manifest import ComponentEntry, Manifest
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "open_sora"
+sys.path.insert(0, str(EXAMPLES))
+import t5  # noqa: E402
+from pipeline import RELEASE  # noqa: E402
+from stdit3 import STDiT3  # noqa: E402
+from vae import VideoVAE  # noqa: E402
+
 SHARD_BYTES = 1 << 30
 
 
@@ -39,35 +45,27 @@ class Model:
     by_hand: str
 
 
+FRAMES, HEIGHT, WIDTH = 20, 24, 24  # of a latent
 MODELS = {
-    "t5": Model(
-        "t5.py",
-        "text_encoder",
-        "cidl",
-        {
-            "vocab_size": 32128,
-            "d_model": 4096,
-            "d_kv": 64,
-            "d_ff": 10240,
-            "num_layers": 24,
-            "num_heads": 64,
-            "length": 300,
-        },
-        "24 + 2",
-    ),
+    "t5": Model("t5.py", "text_encoder", "cidl", {**RELEASE.text_encoder, "length": 300}, "24 + 2"),
     "stdit3": Model(
         "stdit3.py",
         "denoiser",
         "tdtm,cidl",
         {
-            "depth": 28,
-            "hidden_size": 1152,
-            "num_heads": 16,
-            "caption_channels": 4096,
-            "model_max_length": 300,
-            "latent_frames": 20,
-            "latent_height": 24,
-            "latent_width": 24,
+            **{
+                name: getattr(RELEASE.denoiser, name)
+                for name in (
+                    "depth",
+                    "hidden_size",
+                    "num_heads",
+                    "caption_channels",
+                    "model_max_length",
+                )
+            },
+            "latent_frames": FRAMES,
+            "latent_height": HEIGHT,
+            "latent_width": WIDTH,
         },
         "28 + 2, and 28 merged",
     ),
@@ -76,13 +74,13 @@ MODELS = {
         "vae",
         "cidl",
         {
-            "filters": 128,
-            "num_res_blocks": 4,
-            "block_out_channels": "128,256,512,512",
-            "layers_per_block": 2,
-            "num_groups": 32,
-            "latent_height": 24,
-            "latent_width": 24,
+            "filters": RELEASE.temporal.filters,
+            "num_res_blocks": RELEASE.temporal.num_res_blocks,
+            "block_out_channels": ",".join(map(str, RELEASE.spatial.block_out_channels)),
+            "layers_per_block": RELEASE.spatial.layers_per_block,
+            "num_groups": RELEASE.temporal.num_groups,
+            "latent_height": HEIGHT,
+            "latent_width": WIDTH,
         },
         "9 + 9",
     ),
@@ -166,18 +164,11 @@ def write_checkpoints(folder: Path, needed: set[str]) -> None:
 
 def _released() -> Iterator[tuple[str, dict[str, torch.Size]]]:
     """Checkpoint → names and shapes of the release's parameters; nothing is allocated."""
-    sys.path.insert(0, str(EXAMPLES))
-    import pipeline
-    import t5
-    from stdit3 import STDiT3
-    from vae import VideoVAE
-
-    release = pipeline.RELEASE
     with torch.device("meta"):
         networks = {
-            "text_encoder": t5.build(**release.text_encoder).module,
-            "denoiser": STDiT3(release.denoiser),
-            "vae": VideoVAE(release.temporal, release.spatial),
+            "text_encoder": t5.build(**RELEASE.text_encoder).module,
+            "denoiser": STDiT3(RELEASE.denoiser),
+            "vae": VideoVAE(RELEASE.temporal, RELEASE.spatial),
         }
     for name, module in networks.items():
         state = {key: tensor.shape for key, tensor in module.state_dict().items()}

@@ -4,9 +4,9 @@ A clip shows one shape of one colour that moves at a steady speed from about the
 picture to one of its edges, before a dark background that brightens a little like the sky at dawn.
 Size, place, speed and brightness vary, so there are many clips for one prompt.
 
-Place and background both tell an early frame from a late one. The denoiser needs that: its rotary
-attention knows how far frames are apart but not which is the first, so without it left and right
-are told apart much later in training than everything else. Reading a film back is in reading.py.
+Place and background both tell an early frame from a late one, because the denoiser's rotary
+attention knows how far frames are apart but not which is the first: in trials without it colours
+and shapes came right long before directions. Reading a film back is in reading.py.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[1] / "open_sora"))
 from stdit3 import STDiT3, STDiT3Config
+from text_to_video import byte_tokenizer
 from vae import SpatialVAEConfig, TemporalVAEConfig, VideoVAE, latent_frames
 
 if TYPE_CHECKING:
@@ -90,23 +91,11 @@ def video_vae() -> VideoVAE:
     return VideoVAE(TEMPORAL, SPATIAL, GROUP_FRAMES)
 
 
-def byte_tokenizer() -> Tokenizer:
-    """Each byte of the text in UTF-8 is a token, and one more ends it.
+def tokenizer() -> Tokenizer:
+    """Each byte of the text in UTF-8 is a token, and one more ends it; nothing is padded or cut."""
+    from tokenizers import Tokenizer
 
-    Whoever encodes pads and cuts to a length.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # a printable character for each byte
-    vocabulary = {token: id for id, token in enumerate(["<pad>", "</s>", *alphabet])}
-    # The two names are not declared special: a prompt that spells one out is text like any other.
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", END)]
-    )
-    return tokenizer
+    return Tokenizer.from_str(byte_tokenizer())
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:

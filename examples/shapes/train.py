@@ -105,7 +105,7 @@ def train(rank: int, folder: Path, seed: int, flow_steps: int, meeting: Path) ->
         networks.text_encoder(),
         networks.denoiser(),
         networks.video_vae(),
-        networks.byte_tokenizer(),
+        networks.tokenizer(),
     )
     films = render_all(np.random.default_rng(seed))
     torch.manual_seed(PROCESSES * seed + rank)

@@ -188,13 +188,10 @@ _CONTRACTIONS: dict[Any, Callable[[fx.Node], int]] = {
     aten.einsum.default: _einsum,
 }
 
-# Operators that arrange, copy or make numbers without computing any.
-_MOVEMENT: set[Any] = {
+# Operators whose result needs no memory of its own: the same numbers in the same order.
+SAME_MEMORY: set[Any] = {
     operator.getitem,
     aten.view.default,
-    aten.transpose.int,
-    aten.permute.default,
-    aten.t.default,
     aten.unsqueeze.default,
     aten.squeeze.default,
     aten.squeeze.dim,
@@ -202,6 +199,14 @@ _MOVEMENT: set[Any] = {
     aten.expand.default,
     aten.unflatten.int,
     aten.flatten.using_ints,
+}
+
+# Operators that arrange, copy or make numbers without computing any.
+_MOVEMENT: set[Any] = {
+    *SAME_MEMORY,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.t.default,
     aten.movedim.int,
     aten.movedim.intlist,
     aten.slice.Tensor,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 from torch import fx
 
-from odsora_compiler.analysis.cost import FLOAT_BYTES, value_bytes
+from odsora_compiler.analysis.cost import FLOAT_BYTES, SAME_MEMORY, value_bytes
 from odsora_compiler.ir.function import Function
 
 aten = torch.ops.aten
@@ -23,7 +22,7 @@ def activation_bytes(function: Function, precision: str) -> int:
     """
     owner: dict[fx.Node, fx.Node] = {}
     for node in function.graph.nodes:
-        source = node.args[0] if node.target in _SAME_MEMORY else None
+        source = node.args[0] if node.target in SAME_MEMORY else None
         owner[node] = owner[source] if isinstance(source, fx.Node) else node
     last_read = {
         owner[used]: node for node in function.graph.nodes for used in node.all_input_nodes
@@ -55,16 +54,3 @@ def _workspace(node: fx.Node, precision: str) -> int:
 
 def _shape(argument: Any) -> torch.Size:
     return argument.meta["val"].shape
-
-
-_SAME_MEMORY: set[Any] = {
-    operator.getitem,
-    aten.view.default,
-    aten.unsqueeze.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.expand.default,
-    aten.unflatten.int,
-    aten.flatten.using_ints,
-}

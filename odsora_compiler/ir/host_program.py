@@ -137,7 +137,7 @@ class HostProgram:
                     (seed * _SEED_FACTOR + item["seed"] + 1) % _SEED_RANGE,
                 )
             else:
-                _run_operator(item, values)
+                values.update(operator_results(item, values))
             for name in item.get("free", ()):
                 values.pop(name, None)
         if target:
@@ -145,14 +145,14 @@ class HostProgram:
         return {spec.name: values[value] for spec, value in self.outputs}
 
 
-def _run_operator(item: Operation, values: dict[str, torch.Tensor]) -> None:
+def operator_results(item: Operation, values: Tensors) -> dict[str, torch.Tensor]:
+    """What an operation that is an ATen operator makes of `values`, by the names of its results."""
     args = tuple(decode_argument(arg, values) for arg in item.get("args", ()))
     kwargs = {key: decode_argument(arg, values) for key, arg in item.get("kwargs", {}).items()}
     result = run_operator(resolve_target(item["do"]), args, kwargs)
     if isinstance(item["out"], str):
-        values[item["out"]] = result
-    else:
-        values.update({name: result[int(index)] for index, name in item["out"].items()})
+        return {item["out"]: result}
+    return {name: result[int(index)] for index, name in item["out"].items()}
 
 
 # ------------------------------------------------------------------ from graph to operations

@@ -112,6 +112,10 @@ class ComponentEntry:
             raise RunError(f"the bundle has no function '{name}'", nearest(name, self.functions))
         return self.functions[name]
 
+    def called(self, named: str, wanted: str | None) -> str:
+        """The function to call where the host names one and `wanted`, if any, goes before it."""
+        return wanted if wanted is not None and wanted in self.functions else named
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -127,6 +131,12 @@ class Manifest:
     plans: Mapping[str, Any] = field(default_factory=dict)
     # Without the text of its tokenizer, which is a file of its own.
     text_to_video: TextToVideo | None = None
+
+    def check_function(self, wanted: str | None) -> None:
+        """Raise `RunError` with the nearest names where no component has the function `wanted`."""
+        known = {name for component in self.components.values() for name in component.functions}
+        if wanted is not None and wanted not in known:
+            raise RunError(f"the bundle has no function '{wanted}'", nearest(wanted, known))
 
     def save(self, folder: Path) -> None:
         """Write manifest.json into `folder`."""

@@ -8,10 +8,7 @@ from pathlib import Path
 
 import torch
 
-from odsora_compiler.errors import RunError, nearest
-from odsora_compiler.ir.encoding import decode_argument, resolve_target
-from odsora_compiler.ir.evaluate import run_operator
-from odsora_compiler.ir.host_program import HostProgram, Operation
+from odsora_compiler.ir.host_program import HostProgram, Operation, operator_results
 from odsora_compiler.ir.inference import FAKE_MODE, fake_tensor, tensor_bytes
 from odsora_compiler.ir.manifest import CONSTANTS_NAME, Feature, FunctionEntry, Manifest
 from odsora_compiler.ir.weights import FileWeights
@@ -22,10 +19,11 @@ from odsora_compiler.planning.workload import Chunk, Use, Workload
 def bundle_workload(folder: Path, profile: DeviceProfile, function: str | None = None) -> Workload:
     """What running the bundle in `folder` takes on a device: all its calls, early exits not taken.
 
-    `function`: the one of each component to call instead of the one that the host names. Raises
-    `PackageError` where the bundle cannot be used, `RunError` where it lacks the function.
+    `function`: what to call instead of the function the host names, of components that have it.
+    Raises `PackageError` where the bundle cannot be used, `RunError` where none has it.
     """
     manifest = Manifest.load(folder)
+    manifest.check_function(function)
     expansion = profile.weight_expansion.get(manifest.precision, 1.0)
     chunks: list[Chunk] = []
     index: dict[tuple[str, str], int] = {}
@@ -46,16 +44,13 @@ def bundle_workload(folder: Path, profile: DeviceProfile, function: str | None =
         if call is None:
             uses[-1] = _with_held(uses[-1], held, profile)
             continue
-        component = call["component"]
-        name = function or call["function"]
-        functions = manifest.components[component].functions
-        if name not in functions:
-            raise RunError(f"the bundle has no function '{name}'", nearest(name, functions))
-        entry_of = functions[name]
+        owner = manifest.components[call["component"]]
+        name = owner.called(call["function"], function)
+        entry_of = owner.function(name)
         for chunk, (inside, peak) in zip(entry_of.chunks, _chunk_bytes(entry_of), strict=True):
             uses.append(
                 Use(
-                    index[component, chunk.package],
+                    index[call["component"], chunk.package],
                     name,
                     number,
                     chunk.flops,
@@ -123,18 +118,9 @@ def _calls(folder: Path, manifest: Manifest) -> Iterator[tuple[Operation | None,
         elif do == "random":
             values[item["out"]] = fake_tensor(tuple(item["shape"]), getattr(torch, item["dtype"]))
         elif do != "exit":
-            values.update(_results(item, values))
+            with FAKE_MODE:
+                values.update(operator_results(item, values))
         most = max(most, sum(map(tensor_bytes, values.values())))
         for name in item.get("free", ()):
             values.pop(name, None)
     yield None, most
-
-
-def _results(item: Operation, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    args = [decode_argument(arg, values) for arg in item.get("args", ())]
-    kwargs = {key: decode_argument(arg, values) for key, arg in item.get("kwargs", {}).items()}
-    with FAKE_MODE:
-        result = run_operator(resolve_target(item["do"]), args, kwargs)
-    if isinstance(item["out"], str):
-        return {item["out"]: result}
-    return {name: result[int(place)] for place, name in item["out"].items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from odsora_compiler.errors import RunError, nearest
+from odsora_compiler.errors import RunError
 from odsora_compiler.ir.function import TensorSpec
 from odsora_compiler.ir.host_program import HostProgram, Operation
 from odsora_compiler.ir.manifest import ChunkCall, Feature, FunctionEntry
@@ -81,13 +81,12 @@ class Runner:
         """Run the host program on named `inputs`; returns its named outputs.
 
         `function`: what to call instead of the function the host names, of components that have it;
-        raises `RunError` when none has.
-        `seed` changes what random operations of the host draw. A component is loaded when it is
-        called, and its memory given back when another one is called and it is not needed again.
+        raises `RunError` when none has. `seed` changes what random operations of the host draw. A
+        component is loaded when it is called, and its memory given back when another one is called
+        and it is not needed again.
         """
-        if function is not None:
-            self._check_function(function)
-        done = Counter[str]()
+        self.bundle.manifest.check_function(function)
+        calls, done = self.calls, Counter[str]()
         places = {id(item): place for place, item in enumerate(self._host.calls)}
         last_places = {item["component"]: places[id(item)] for item in self._host.calls}
 
@@ -97,11 +96,8 @@ class Runner:
                 if other != component and last < places[id(item)]:
                     self._residency.release(other)
             done[component] += 1
-            which = (done[component], self.calls[component])
-            has = function in self.bundle.component(component).functions
-            return self.run_function(
-                component, function if function and has else item["function"], given, which
-            )
+            chosen = self.bundle.component(component).called(item["function"], function)
+            return self.run_function(component, chosen, given, (done[component], calls[component]))
 
         return self._host.run(inputs, self.bundle.constants(), call, seed)
 
@@ -139,12 +135,6 @@ class Runner:
     def release(self) -> None:
         """Give back the memory of all chunks."""
         self._residency.clear()
-
-    def _check_function(self, function: str) -> None:
-        components = self.bundle.manifest.components.values()
-        known = {name for component in components for name in component.functions}
-        if function not in known:
-            raise RunError(f"the bundle has no function '{function}'", nearest(function, known))
 
 
 def load(

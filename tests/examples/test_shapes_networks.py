@@ -35,7 +35,7 @@ def test_tokens_are_the_bytes_of_the_text(model: networks.Networks, text: str) -
 
 
 def test_each_byte_has_a_token_of_its_own() -> None:
-    tokenizer = networks.byte_tokenizer()
+    tokenizer = networks.tokenizer()
     assert tokenizer.get_vocab_size() == networks.text_encoder().config.vocab_size == 258
     assert (tokenizer.token_to_id("<pad>"), tokenizer.token_to_id("</s>")) == (0, 1)
 

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from example_files import ROOT, load_example
 from safetensors import safe_open
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-ROOT = Path(__file__).parents[2]
 TINY = {
     "depth": 1,
     "hidden_size": 48,
@@ -28,16 +24,6 @@ TINY = {
     "latent_height": 4,
     "latent_width": 6,
 }
-
-
-def load_example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"examples/open_sora/{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up here
-    spec.loader.exec_module(module)
-    return module
-
 
 stdit3 = load_example("stdit3")
 

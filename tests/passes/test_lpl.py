@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import itertools
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+import video_models as models
 from odsora_passes.lpl import LPL, Scope
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -31,18 +29,6 @@ from odsora_compiler.pipeline.base import Context
 from odsora_compiler.pipeline.manager import run_passes
 
 ROOT = Path(__file__).parents[2]
-
-
-def load(name: str, path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-models = load("video_models", Path(__file__).parent / "video_models.py")
 
 
 def leaped(program: Program, **options: Any) -> tuple[Program, Context]:

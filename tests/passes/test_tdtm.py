@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import video_models as models
 from odsora_passes.tdtm import TDTM, Positions
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -28,20 +27,10 @@ from odsora_compiler.ir.serialize import fingerprint, load_program, save_program
 from odsora_compiler.ir.verify import verify_program
 from odsora_compiler.pipeline.base import Context
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples/open_sora"))
+import stdit3
+
 ROOT = Path(__file__).parents[2]
-
-
-def load(name: str, path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-stdit3 = load("stdit3", ROOT / "examples/open_sora/stdit3.py")
-models = load("video_models", Path(__file__).parent / "video_models.py")
 
 
 def run(program: Program, **options: Any) -> Context:

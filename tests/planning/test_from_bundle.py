@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -125,6 +127,20 @@ def test_a_run_holds_no_more_than_the_workload_says(bundle: Path) -> None:
             peak = max(peak, held)
     weights = sum(chunk.resident_bytes for chunk in bundle_workload(bundle, device()).chunks)
     assert 0 < peak <= most + 2 * weights
+
+
+def test_a_function_is_planned_for_the_components_that_have_it(
+    bundle: Path, tmp_path: Path
+) -> None:
+    """As the runner does it."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    functions = manifest["components"]["denoiser"]["functions"]
+    functions["merged"] = functions["base"]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    shutil.copy(bundle / "host.safetensors", tmp_path)
+    workload = bundle_workload(tmp_path, device(), "merged")
+    found = {(workload.chunks[use.chunk].component, use.function) for use in workload.uses}
+    assert found == {("encoder", "base"), ("denoiser", "merged")}
 
 
 def test_what_cannot_be_planned_is_named(bundle: Path, tmp_path: Path) -> None:
