@@ -8,6 +8,7 @@ whole function is affordable, all chunks are executed, chained as a device would
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -33,7 +34,7 @@ from odsora_compiler.lowering.interface import Names
 from odsora_compiler.lowering.rules import HALF_MASK, HALF_MAX
 from odsora_compiler.lowering.template import is_free
 from odsora_compiler.mil.interpreter import Interpreter
-from odsora_compiler.mil.package import Package
+from odsora_compiler.mil.package import BlobReference, Package
 from odsora_compiler.runtime.bundle import Bundle
 from odsora_compiler.runtime.runner import Runner, as_feature
 
@@ -210,11 +211,11 @@ class _FunctionRun:
         item = report.functions[self._function]
         names = Names(item.legal).weights()
         told: set[str] = set()
-        unnamed: dict[str, torch.Tensor] = {}
+        unnamed: dict[str, BlobReference] = {}
         for value, blob in package.function(self._function).blob_references():
             name = find_by_name(value, names)
             if name is None or item.weights.spec(name).shape != blob.shape:
-                unnamed[value] = package.tensor(blob)
+                unnamed[value] = blob
                 continue
             place = (report.name, blob.offset, name)
             if place in self._report.weights_compared and not item.weights.is_folded(name):
@@ -235,14 +236,15 @@ class _FunctionRun:
                 )
             told.add(name)
             self._report.weights_compared.add(place)
-        return self._unnamed_agree(structure, item, told, unnamed)
+        return self._unnamed_agree(structure, item, told, package, unnamed)
 
     def _unnamed_agree(
         self,
         structure: str,
         item: FunctionReport,
         told: set[str],
-        unnamed: Mapping[str, torch.Tensor],
+        package: Package,
+        unnamed: Mapping[str, BlobReference],
     ) -> bool:
         """Whether the weights not yet `told` are in constants that coremltools named itself.
 
@@ -257,7 +259,12 @@ class _FunctionRun:
             if name in told or not is_free(item.weights, name):
                 continue
             expected = item.weights.load(name)
-            candidates = [value for value, stored in unnamed.items() if _holds(stored, expected)]
+            candidates = [
+                value
+                for value, blob in unnamed.items()
+                if math.prod(blob.shape) == expected.numel()
+                and _holds(package.tensor(blob), expected)
+            ]
             if len(candidates) != 1 or (known and places.get(index) != candidates[0]):
                 return False
             if not known:
@@ -317,8 +324,6 @@ def _as_handed_on(value: torch.Tensor, feature: Feature) -> torch.Tensor:
 
 def _holds(stored: torch.Tensor, expected: torch.Tensor) -> bool:
     """Whether a package's constant is that weight, in its shape or with axes of 1 more or fewer."""
-    if stored.numel() != expected.numel():
-        return False
     cast = expected.to(stored.dtype).reshape(stored.shape)
     # Tiny numbers may be rounded otherwise, see `lowering.template.rounded`.
     return torch.equal(stored, cast) or torch.allclose(stored.float(), cast.float(), atol=1e-7)
