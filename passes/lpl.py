@@ -51,7 +51,7 @@ class LPL(Pass):
         None, "leap at this step, counted from 0, after as many ordinary ones; none: adaptively"
     )
     min_steps: int | None = option(
-        None, "first step whose drift is compared; none: one before half of the steps"
+        None, "first step whose drift is compared; none: after a quarter of the steps"
     )
     patience: int = option(3, "leap after this many comparisons that were not better than the best")
     tolerance: float = option(1e-3, "by how much a cosine must exceed the best one to be better")
@@ -143,7 +143,7 @@ class LPL(Pass):
     def _leap_when_straight(self, leap: Leap, context: Context) -> bool:
         sampler = leap.sampler
         count = len(sampler.steps)
-        first = max((count + 1) // 2 - 1, 1) if self.min_steps is None else self.min_steps
+        first = -(-count // 4) if self.min_steps is None else self.min_steps
         earliest = first + self.patience - 1
         shape = list(sampler.result.meta["val"].shape)
         if earliest >= count - 1:

@@ -95,6 +95,15 @@ def film_shape(roles: TextToVideo, runner: Runner) -> tuple[int, int, int]:
     )
 
 
+def frame_rate(options: FilmOptions, roles: TextToVideo) -> float:
+    """Frames a second of the film; raises `UsageError` when no film can have so many."""
+    from odsora_compiler.runtime.film import check_fps
+
+    fps = options.fps if options.fps is not None else roles.fps
+    check_fps(fps)
+    return fps
+
+
 def prompt_inputs(
     options: FilmOptions,
     roles: TextToVideo,
@@ -124,7 +133,7 @@ def save_film(video: torch.Tensor, out: Path, options: FilmOptions, roles: TextT
     """Write the film and say in a line what was written. Raises like `runtime.film.write_film`."""
     from odsora_compiler.runtime.film import write_film
 
-    fps = options.fps if options.fps is not None else roles.fps
+    fps = frame_rate(options, roles)
     height, width = video.shape[-2:]
     made = write_film(video[:, :, : options.frames], out, fps, options.scale)
     enlarged = (made.height, made.width) != (height, width)
@@ -136,10 +145,15 @@ def save_film(video: torch.Tensor, out: Path, options: FilmOptions, roles: TextT
 
 
 def _height_and_width(size: str) -> tuple[int, int]:
-    found = re.fullmatch(r"\s*(\d+)\s*[xX×]\s*(\d+)\s*", size)
+    found = re.fullmatch(r"\s*(\d{1,9})\s*[xX×]\s*(\d{1,9})\s*", size)
     if found is None:
         raise UsageError(f"--size '{size}': expected HEIGHTxWIDTH", "For example --size 240x424.")
-    return int(found[1]), int(found[2])
+    height, width = int(found[1]), int(found[2])
+    if not height or not width:
+        raise UsageError(
+            f"--size {size}: a film has at least one pixel", "For example --size 240x424."
+        )
+    return height, width
 
 
 def _flag(option: str) -> str:

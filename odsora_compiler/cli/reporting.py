@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import signal
 import sys
@@ -142,13 +144,16 @@ class Bars:
 def guarded(work: Callable[[], None], nothing_left: str = "") -> None:
     """Run `work` and exit: 0 done, 1 the work failed, 2 the command was wrong.
 
-    An error of this project, an interruption or a full disk becomes a message without traceback;
-    ODSORA_DEBUG=1 shows the traceback. `nothing_left` is added when the user interrupts.
+    An error of this project or of the file system and an interruption become messages without
+    traceback; ODSORA_DEBUG=1 shows the traceback. `nothing_left` is added when the user interrupts.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As on stderr: a name in a script that the terminal's encoding lacks is no error.
+        sys.stdout.reconfigure(errors="backslashreplace")
     previous = signal.signal(signal.SIGTERM, stop)
     code = 0
     try:
@@ -165,6 +170,11 @@ def guarded(work: Callable[[], None], nothing_left: str = "") -> None:
         # The reader of stdout went away; keep the interpreter from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    except OSError as error:
+        if os.environ.get("ODSORA_DEBUG"):
+            raise
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        code = 2 if error.errno == errno.ENAMETOOLONG else 1
     finally:
         signal.signal(signal.SIGTERM, previous)
     sys.exit(code)

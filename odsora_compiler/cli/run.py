@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ from odsora_compiler.cli.film import (
     FilmOptions,
     check_fit,
     film_roles,
+    frame_rate,
     prompt_inputs,
     save_film,
 )
@@ -145,11 +147,11 @@ def run_command(
 
         budget = budget_bytes(memory_budget)
         sources = [prompt is not None, inputs is not None, example]
-        _check_sources(sources, out)
+        _check_sources(sources, out or trace)
         writes_film = out is not None and is_film(out)
         options.check(writes_film)
         check_seed(seed or 0)
-        _check_files(out, trace, force)
+        _check_files(inputs, out, trace, force)
         opened, record = Bundle(bundle), Trace()
         runner = Runner(opened, make_executor(executor), budget, record)
         if not any(sources):
@@ -158,6 +160,8 @@ def run_command(
         roles = film_roles(opened, runner) if writes_film or prompt is not None else None
         if roles is not None:
             check_fit(options, roles, runner)
+            if writes_film:
+                frame_rate(options, roles)  # Raises before the work.
         with Reporter(quiet) as reporter:
             expected: dict[str, torch.Tensor] = {}
             if prompt is not None and roles is not None:
@@ -188,25 +192,29 @@ def run_command(
 
     left = ""
     if out is not None:
-        left = f"{out} was not changed" if out.exists() else f"nothing was left at {out}"
+        left = f"{out} was not changed" if os.path.exists(out) else f"nothing was left at {out}"
     guarded(work, left)
 
 
-def _check_sources(given: list[bool], out: Path | None) -> None:
+def _check_sources(given: list[bool], written: Path | None) -> None:
     """At most one of a prompt, inputs and the example; one where something is to be written."""
     from odsora_compiler.errors import UsageError
 
     if sum(given) > 1:
         raise UsageError("--prompt, --inputs and --example exclude each other", "Give one of them.")
-    if out is not None and not any(given):
-        raise UsageError(f"nothing to compute for {out}", "Give --prompt, --inputs or --example.")
+    if written is not None and not any(given):
+        raise UsageError(
+            f"nothing to compute for {written}", "Give --prompt, --inputs or --example."
+        )
 
 
-def _check_files(out: Path | None, trace: Path | None, force: bool) -> None:
+def _check_files(inputs: Path | None, out: Path | None, trace: Path | None, force: bool) -> None:
     from odsora_compiler.errors import UsageError
     from odsora_compiler.runtime.film import EXTENSIONS
     from odsora_compiler.runtime.output_file import check_output_file
 
+    if inputs is not None and not inputs.exists():
+        raise UsageError(f"{inputs}: no such file", "Inputs are a safetensors file.")
     known = (*EXTENSIONS, _TENSORS)
     if out is not None:
         if out.suffix.lower() not in known and not out.is_dir():

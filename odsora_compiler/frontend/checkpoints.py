@@ -16,15 +16,13 @@ def find_checkpoints(
 
     `components`: component → name of its checkpoint, which is `NAME.safetensors` or the folder
     `NAME/`. `optional`: components that have weights of their own. Raises `WeightsError` where a
-    checkpoint is missing, there twice, pickled, or belongs to no component.
+    checkpoint is missing, there twice, pickled, or belongs to no component, or there is none.
     """
     if not folder.is_dir():
         refuse_pickled(folder)
         raise WeightsError(
             f"{folder} is one file, and the pipeline has several components",
-            "Give a folder with "
-            + ", ".join(f"{name}.safetensors" for name in dict.fromkeys(components.values()))
-            + "; each may also be a folder of shards.",
+            _expected(components),
         )
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
@@ -43,14 +41,31 @@ def find_checkpoints(
         found[name] = path
     having = set(optional)
     for component, name in components.items():
-        if name not in found and component not in having:
-            for pickled in sorted(folder.glob(f"{name}.*")):
-                refuse_pickled(pickled)
+        if name in found:
+            continue
+        _refuse_pickled_in(folder, f"{name}.*")
+        if component not in having:
+            _refuse_pickled_in(folder, "*")
             raise WeightsError(
                 f"{folder}: the weights of component '{component}' are missing",
                 f"Looked for {name}.safetensors and the folder {name}/.",
             )
+    if not found:
+        _refuse_pickled_in(folder, "*")
+        raise WeightsError(
+            f"{folder}: no weights of any component are there", _expected(components)
+        )
     return {component: found[name] for component, name in components.items() if name in found}
+
+
+def _expected(components: Mapping[str, str]) -> str:
+    files = ", ".join(f"{name}.safetensors" for name in dict.fromkeys(components.values()))
+    return f"Give a folder with {files}; each may also be a folder of shards."
+
+
+def _refuse_pickled_in(folder: Path, pattern: str) -> None:
+    for path in sorted(folder.glob(pattern)):
+        refuse_pickled(path)
 
 
 def _holds_weights(path: Path) -> bool:

@@ -113,14 +113,22 @@ def named_tensors(returned: Any, taken: Container[str]) -> dict[str, torch.Tenso
     A key, attribute or `key_path` inside trees; `output` for a tensor alone. `taken`: names of
     inputs, which no output may have. Raises `CaptureError` when two have one name.
     """
-    leaves, _ = pytree.tree_flatten_with_path(_dataclasses_to_dicts(returned))
     named = [
-        (_output_name(_path_name(path), taken), leaf)
-        for path, leaf in leaves
+        (_output_name(name, taken), leaf)
+        for name, leaf in named_leaves(returned)
         if isinstance(leaf, torch.Tensor)
     ]
     refuse_repeated((name for name, _ in named), "output")
     return dict(named)
+
+
+def named_leaves(returned: Any) -> list[tuple[str, Any]]:
+    """What a function returned, tensors and others, each by its key, attribute or `key_path`.
+
+    The name is `""` where that is one thing alone.
+    """
+    leaves, _ = pytree.tree_flatten_with_path(_dataclasses_to_dicts(returned))
+    return [(_path_name(path), leaf) for path, leaf in leaves]
 
 
 # ------------------------------------------------------------------ from ExportedProgram

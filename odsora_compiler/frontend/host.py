@@ -6,6 +6,7 @@ sees of the components it calls.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,15 +16,17 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from odsora_compiler.errors import CaptureError, OdsoraError, nearest
+from odsora_compiler.frontend.escapes import Escapes
 from odsora_compiler.frontend.export import (
     input_names,
+    named_leaves,
     named_tensors,
     quiet_torch,
     refuse_repeated,
 )
 from odsora_compiler.frontend.operators import drop_dead
 from odsora_compiler.frontend.source import failing_line, running_place
-from odsora_compiler.frontend.tracer import Escapes, Tracer
+from odsora_compiler.frontend.tracer import Tracer
 from odsora_compiler.ir.function import Function, dtype_name
 from odsora_compiler.ir.host import call_component
 from odsora_compiler.ir.program import Component
@@ -36,10 +39,10 @@ def trace_host(
 
     Tensors in `inputs` become inputs of the graph, everything else is bound to its value. For `c`
     see `Components`. What needs no input just runs: schedules, numpy, `.item()`, branches on real
-    numbers. What the host returns names the outputs: a dict of tensors by its keys, a tensor alone
-    `output`. Random numbers are drawn when the graph runs, each draw with a seed of its own (0,
-    1, …); those of a `torch.Generator` are drawn here and are constants. PyTorch's random state is
-    left alone. Raises `CaptureError` naming the line of the host.
+    numbers. What the host returns, tensors only, names the outputs: a dict by its keys, a tensor
+    alone `output`. Random numbers are drawn when the graph runs, each draw with a seed of its own
+    (0, 1, …); those of a `torch.Generator` are drawn here and are constants. PyTorch's random state
+    is left alone. Raises `CaptureError` naming the line of the host.
     """
     tracer = Tracer()
     names = input_names(inputs)
@@ -51,12 +54,13 @@ def trace_host(
 
     arguments = pytree.tree_map_only(torch.Tensor, placeholder, dict(inputs))
     try:
-        with _untouched_state(), Escapes(tracer), tracer:
+        with _untouched_state(), Escapes(tracer.is_traced), tracer:
             returned = host(Components(tracer, components), **arguments)
     except OdsoraError:
         raise
     except Exception as error:
         raise _host_error(error) from error
+    _refuse_others(returned)
     results = named_tensors(returned, names)
     if not results:
         raise CaptureError("the host returns no tensor", "Return tensors, or a dict of them.")
@@ -156,6 +160,17 @@ class Outputs(dict[str, torch.Tensor]):
         if name not in self:
             raise AttributeError(f"there is no output '{name}'. {nearest(name, self)}")
         return self[name]
+
+
+def _refuse_others(returned: Any) -> None:
+    """Raise `CaptureError` naming the first result of a host that is no tensor."""
+    for name, value in named_leaves(returned):
+        if name and not isinstance(value, torch.Tensor):
+            raise CaptureError(
+                f"the host's result '{name}' is no tensor but {reprlib.repr(value)}, of type "
+                f"{type(value).__name__}",
+                "A host returns tensors: give torch.tensor(…), or leave it out.",
+            )
 
 
 @contextmanager

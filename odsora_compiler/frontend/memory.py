@@ -147,7 +147,7 @@ class Memories:
         self._emit = emit
         self._constant = constant
         self._by_storage: dict[int, Memory] = {}
-        self._alive: list[torch.Tensor] = []  # keys are those of living storages only
+        self._alive: list[torch.UntypedStorage] = []  # keys are those of living storages only
         self._flat_fakes: dict[int, torch.Tensor] = {}  # for real storages
 
     def has(self, tensor: torch.Tensor) -> bool:
@@ -222,7 +222,7 @@ class Memories:
     def _follow(self, tensor: torch.Tensor, whole: Geometry, node: fx.Node) -> Memory:
         memory = Memory(whole, node, self._emit, self._constant)
         self._by_storage[_storage(tensor)] = memory
-        self._alive.append(tensor)
+        self._alive.append(tensor.untyped_storage())
         return memory
 
 

@@ -2,7 +2,8 @@
 
 What touches no traced tensor just runs; one that does becomes a node. A real tensor that meets a
 traced one becomes a literal or a constant, as its value is then. What a write changes is kept by
-`frontend.memory`; what the host sees of components is `frontend.host`.
+`frontend.memory`, what gets around the operators by `frontend.escapes`; what the host sees of
+components is `frontend.host`.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
 )
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from odsora_compiler.errors import CaptureError
+from odsora_compiler.frontend.escapes import needs_value
 from odsora_compiler.frontend.memory import Geometry, Memories
 from odsora_compiler.frontend.operators import bound_arguments, draws, plain_form, refuse_foreign
 from odsora_compiler.frontend.source import running_line, running_place
@@ -104,10 +105,16 @@ class Tracer(TorchDispatchMode):
 
     def _record(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Add the call of an operator that writes nothing; returns fakes that stand for it."""
+        if func is aten.native_batch_norm.default and args[5] and args[3] is not None:
+            # Its schema does not say that it writes.
+            raise CaptureError(
+                f"{running_place()}: a batch norm in training changes its statistics",
+                "Call .eval() on its module.",
+            )
         result = self._on_fakes(func, args, kwargs)
         fakes, structure = pytree.tree_flatten(result)
         if not fakes or not all(isinstance(fake, torch.Tensor) for fake in fakes):
-            raise _needs_value(str(func))
+            raise needs_value(str(func))
         if func is aten.as_strided.default:
             return result  # its value is what its geometry says
         if isinstance(result, torch.Tensor):
@@ -218,7 +225,7 @@ class Tracer(TorchDispatchMode):
             with FAKE_MODE:
                 return func(*args, **kwargs)
         except DataDependentOutputException:
-            raise _needs_value(str(func)) from None
+            raise needs_value(str(func)) from None
         except DynamicOutputShapeException:
             raise CaptureError(
                 f"{running_place()}: the shape of a value depends on a traced tensor's values "
@@ -319,32 +326,6 @@ class Tracer(TorchDispatchMode):
         return self._known_constants[key]
 
 
-class Escapes(TorchFunctionMode):
-    """Refuses to hand a traced tensor's memory out of PyTorch, where nothing would notice."""
-
-    def __init__(self, tracer: Tracer) -> None:
-        super().__init__()
-        self._tracer = tracer
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func in _HANDS_OUT and self._tracer.is_traced(args[0]):
-            if func is torch.Tensor.__deepcopy__:
-                return args[0].clone()
-            raise _needs_value(f"Tensor.{func.__name__}")
-        return func(*args, **(kwargs or {}))
-
-
-def _needs_value(what: str) -> CaptureError:
-    return CaptureError(
-        f"{running_place()}: Python asks for the value of a traced tensor ({what}), which is known "
-        "only when the program runs",
-        "Compute with the tensor (torch.where instead of if), or let Python decide by what is "
-        "known when the program is captured: options of build(), the schedule, shapes.",
-    )
-
-
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:
     return (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor))
 
@@ -423,12 +404,4 @@ _OF_SHAPE = _UNFILLED | {
     aten.new_zeros.default,
     aten.ones_like.default,
     aten.zeros_like.default,
-}
-_HANDS_OUT = {
-    torch.Tensor.__array__,
-    torch.Tensor.__deepcopy__,
-    torch.Tensor.__dlpack__,
-    torch.Tensor.data_ptr,
-    torch.Tensor.numpy,
-    torch.Tensor.tolist,
 }

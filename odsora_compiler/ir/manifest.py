@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from odsora_compiler.errors import PackageError, RunError, nearest
+from odsora_compiler.errors import PackageError, RunError, UsageError, nearest
 from odsora_compiler.ir.component_names import is_component_name
 from odsora_compiler.ir.text_to_video import TextToVideo
 
@@ -133,10 +133,10 @@ class Manifest:
     text_to_video: TextToVideo | None = None
 
     def check_function(self, wanted: str | None) -> None:
-        """Raise `RunError` with the nearest names where no component has the function `wanted`."""
+        """Raise `UsageError` with the nearest names where no component has the function."""
         known = {name for component in self.components.values() for name in component.functions}
         if wanted is not None and wanted not in known:
-            raise RunError(f"the bundle has no function '{wanted}'", nearest(wanted, known))
+            raise UsageError(f"the bundle has no function '{wanted}'", nearest(wanted, known))
 
     def save(self, folder: Path) -> None:
         """Write manifest.json into `folder`."""
@@ -145,8 +145,17 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """Read manifest.json from `folder`; raises `PackageError` when it cannot be used."""
+        """Read manifest.json from `folder`; raises `PackageError` when it cannot be used.
+
+        Raises `UsageError` where there is no folder.
+        """
         path = folder / FILE_NAME
+        if not folder.is_dir():
+            raise UsageError(
+                f"{folder}: "
+                + ("not a bundle but a file" if folder.exists() else "no such bundle"),
+                "A bundle is a folder NAME.odsora that odsora-compile wrote.",
+            )
         try:
             data = json.loads(path.read_text())
         except OSError as error:

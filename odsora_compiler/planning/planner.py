@@ -38,7 +38,7 @@ class _Choice:
 def make_plan(workload: Workload, profile: DeviceProfile, budget: int) -> SchedulePlan:
     """A schedule within `budget` bytes, as fast on the device as the search finds.
 
-    Raises `RunError` naming the least budget where `budget` is below it. Deterministic.
+    Raises `UsageError` naming the least budget where `budget` is below it. Deterministic.
     """
     workload.check_budget(budget)
     bound = lower_bound(workload, profile, budget).seconds

@@ -13,7 +13,7 @@ def published_plan(workload: Workload, budget: int) -> SchedulePlan:
 
     As many of the first chunks of each segment stay as leave room for the two largest others.
     Source: arXiv 2502.04363, section 3.3 (its prefetch starts in the second step). Raises
-    `RunError` where `budget` is below the workload's least.
+    `UsageError` where `budget` is below the workload's least.
     """
     workload.check_budget(budget)
     keep = [False] * len(workload.uses)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from odsora_compiler.errors import RunError
+from odsora_compiler.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,11 @@ class Workload:
         return max(self.uses, key=self._needed)
 
     def check_budget(self, budget: int) -> None:
-        """Raise `RunError` naming the least budget where `budget` is below it."""
+        """Raise `UsageError` naming the least budget where `budget` is below it."""
         if self.uses and budget < self.least_budget:
             use = self.most_needed()
             chunk = self.chunks[use.chunk]
-            raise RunError(
+            raise UsageError(
                 f"the memory budget is {int(budget)} bytes; chunk '{chunk.name}' takes "
                 f"{chunk.resident_bytes} and running its function '{use.function}' "
                 f"{use.activation_bytes}",

@@ -24,8 +24,8 @@ from odsora_compiler.ir.weights import FileWeights
 class Bundle:
     """A folder `NAME.odsora` that `odsora-compile` wrote. Loading one runs no code of it.
 
-    Raises `PackageError` when the manifest cannot be used, a package is missing, or a file has
-    another size than the manifest says.
+    Raises `UsageError` when there is no folder, `PackageError` when the manifest cannot be used, a
+    package is missing, or a file has another size than the manifest says.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from odsora_compiler.errors import RunError, nearest
+from odsora_compiler.errors import RunError, UsageError, nearest
 from odsora_compiler.ir.manifest import PackageEntry
 from odsora_compiler.mil.interpreter import Interpreter
 from odsora_compiler.mil.package import Package
@@ -43,13 +43,19 @@ class MilExecutor:
     """Interprets saved packages with torch.
 
     Half-precision weights are widened to float32 once when they are first used, so they take twice
-    their bytes in the package.
+    their bytes in the package. A package that was released is not parsed again when it is loaded
+    again: programs without weights are small.
     """
 
     name = "mil"
 
+    def __init__(self) -> None:
+        self._opened: dict[Path, _MilPackage] = {}
+
     def load(self, package: Path) -> LoadedPackage:
-        return _MilPackage(package)
+        if package not in self._opened:
+            self._opened[package] = _MilPackage(package)
+        return self._opened[package]
 
     def resident_bytes(self, entry: PackageEntry, precision: str) -> int:
         return entry.weight_bytes * (2 if precision == "fp16" else 1)
@@ -68,7 +74,6 @@ class _MilPackage:
     def release(self) -> None:
         for interpreter in self._functions.values():
             interpreter.release()
-        self._functions.clear()
 
 
 class CoreMLExecutor:
@@ -119,7 +124,7 @@ _EXECUTORS: dict[str, type[MilExecutor] | type[CoreMLExecutor]] = {
 
 
 def make_executor(name: str) -> Executor:
-    """The executor of that name; raises `RunError` when there is none or this machine lacks it."""
+    """The executor; raises `UsageError` when there is none, `RunError` where it cannot run."""
     if name not in _EXECUTORS:
-        raise RunError(f"there is no executor '{name}'", nearest(name, _EXECUTORS))
+        raise UsageError(f"there is no executor '{name}'", nearest(name, _EXECUTORS))
     return _EXECUTORS[name]()

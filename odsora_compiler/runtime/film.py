@@ -69,7 +69,7 @@ def check_fps(fps: float) -> None:
     # Also false for nan.
     if not 0.1 <= fps <= LARGEST_FPS:
         raise UsageError(
-            f"{fps:g} frames a second", f"A film has 0.1 to {LARGEST_FPS:g} frames a second."
+            f"{fps:g} frames a second", f"A film has 0.1 to {LARGEST_FPS:g}: choose with --fps."
         )
 
 

@@ -14,11 +14,12 @@ from odsora_compiler.errors import RunError, UsageError
 def check_output_file(path: Path, force: bool) -> None:
     """Raise `UsageError` when no file can be written at `path`, or one is there and not `force`."""
     folder = path.absolute().parent
-    if not folder.is_dir():
+    # Not by Path, whose questions raise where a name is too long; touch below says so.
+    if not os.path.isdir(folder):
         raise UsageError(f"{folder}: no such folder", "Create it, or choose another place.")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UsageError(f"{path} is a folder", "Name a file.")
-    if path.exists() and not force:
+    if os.path.exists(path) and not force:
         raise UsageError(f"{path} exists", "Give --force to replace it, or choose another place.")
     partial = _partial(path)
     try:

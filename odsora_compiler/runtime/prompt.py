@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,6 +24,8 @@ AESTHETIC_SCORES = (0.0, 10.0)
 LARGEST_GUIDANCE = 1000.0
 
 _SCORE = "{aesthetic_score}"
+# Categories of characters without a shape: control, format (such as zero-width), separators.
+_UNSEEN = {"Cc", "Cf", "Zl", "Zp", "Zs"}
 _SHOWN = 40  # characters of a prompt that a message repeats
 
 
@@ -129,7 +132,7 @@ def host_inputs(
 
 def _words(prompt: str) -> str:
     words = prompt.strip()
-    if not words:
+    if all(unicodedata.category(character) in _UNSEEN for character in words):
         raise UsageError(
             "the prompt is empty", "Say what to show: --prompt 'a red circle moving left'."
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from odsora_compiler.errors import RunError
+from odsora_compiler.errors import RunError, UsageError
 from odsora_compiler.ir.function import TensorSpec
 from odsora_compiler.ir.host_program import HostProgram, Operation
 from odsora_compiler.ir.manifest import ChunkCall, Feature, FunctionEntry
@@ -37,7 +37,7 @@ class Runner:
 
     `memory_budget`: most bytes of weights in memory at once; None keeps every loaded chunk until
     its component has been called for the last time. `progress` is told of each chunk that ran.
-    Raises `RunError` when the budget is below the largest chunk.
+    Raises `UsageError` when the budget is below the largest chunk.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Runner:
         """Run the host program on named `inputs`; returns its named outputs.
 
         `function`: what to call instead of the function the host names, of components that have it;
-        raises `RunError` when none has. `seed` changes what random operations of the host draw. A
+        raises `UsageError` when none has. `seed` changes what random operations of the host draw. A
         component is loaded when it is called, and its memory given back when another one is called
         and it is not needed again.
         """
@@ -170,8 +170,8 @@ class _Residency:
         self._largest = max(sizes.values(), default=0)
         if budget is not None and budget < self._largest:
             worst = max(sizes, key=lambda key: sizes[key])
-            raise RunError(
-                f"the memory budget is {budget} bytes, chunk '{worst[1]}' alone takes "
+            raise UsageError(
+                f"the memory budget is {int(budget)} bytes, chunk '{worst[1]}' alone takes "
                 f"{self._largest}",
                 f"Give at least {self._largest} bytes, or compile with a smaller cidl budget.",
             )

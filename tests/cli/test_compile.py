@@ -115,6 +115,8 @@ def test_print_ir_and_time_passes(model: Path) -> None:
         (["net.py", "--print-ir", "cdil"], 2, "Did you mean 'cidl'?"),
         (["net.py", "--weights", "absent.safetensors"], 2, "no such weights file"),
         (["net.py", "-o", "no/where.odsora"], 2, "no such folder"),
+        (["m" * 300 + ".py"], 2, "File name too long"),
+        (["net.py", "-o", "o" * 300], 2, "o: File name too long"),
         ([], 2, "no MODEL given"),
     ],
 )

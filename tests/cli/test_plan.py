@@ -56,10 +56,10 @@ def test_a_budget_too_small_names_the_least_and_that_works(
     bundle: Path, odsora_plan: InFolder
 ) -> None:
     refused = odsora_plan(bundle, "--memory-budget", "1kB")
-    assert refused.exit_code == 1 and "the memory budget is 1000 bytes" in refused.stderr
+    assert refused.exit_code == 2 and "the memory budget is 1000 bytes" in refused.stderr
     least = refused.stderr.partition("Give at least ")[2].split()[0]
     assert odsora_plan(bundle, "--memory-budget", least).exit_code == 0
-    assert odsora_plan(bundle, "--memory-budget", int(least) - 1).exit_code == 1
+    assert odsora_plan(bundle, "--memory-budget", int(least) - 1).exit_code == 2
 
 
 def test_this_machine_is_measured_with_the_bundles_chunks(
@@ -92,13 +92,13 @@ def test_without_a_bundle_a_profile_goes_to_stdout(odsora_plan: InFolder) -> Non
         (["BUNDLE", "--profile", "iphone15"], 2, "Did you mean 'iphone15pro'?"),
         (["BUNDLE", "--profile", "none.json"], 2, "none.json: cannot be read"),
         (["BUNDLE", "--memory-budget", "lots"], 2, "is not a size"),
-        (["BUNDLE", "--function", "bsae"], 1, "Did you mean 'base'?"),
+        (["BUNDLE", "--function", "bsae"], 2, "Did you mean 'base'?"),
         (["BUNDLE", "--timeline", "plan.jpeg2"], 2, "nothing can be drawn as '.jpeg2'"),
         (["BUNDLE", "--json", "there/is/none.json"], 2, "no such folder"),
         (["BUNDLE", "-o", "here.json"], 2, "-o is for --calibrate"),
         (["BUNDLE", "--calibrate", "--json", "plan.json"], 2, "makes no plan"),
         ([], 2, "no bundle"),
-        (["nothing.odsora"], 1, "not a bundle"),
+        (["nothing.odsora"], 2, "nothing.odsora: no such bundle"),
     ],
 )
 def test_wrong_options_are_named(

@@ -143,10 +143,10 @@ def test_wrong_inputs_are_named(
 @pytest.mark.parametrize(
     ("arguments", "code", "expected"),
     [
-        (["--function", "bsae"], 1, "Did you mean 'base'?"),
-        (["--memory-budget", "1kB"], 1, "chunk 'net-"),
+        (["--function", "bsae"], 2, "Did you mean 'base'?"),
+        (["--memory-budget", "1kB"], 2, "the memory budget is 1000 bytes, chunk 'net-"),
         (["--memory-budget", "lots"], 2, "is not a size"),
-        (["--executor", "tpu"], 1, "there is no executor 'tpu'"),
+        (["--executor", "tpu"], 2, "there is no executor 'tpu'"),
         (["--executor", "coreml"], 1, "needs macOS"),
         (["-o", "there/is/none.safetensors"], 2, "no such folder"),
         (["-o", ".", "--force"], 2, "is a folder"),
@@ -166,6 +166,38 @@ def test_wrong_options_are_named(
     result = odsora_run(bundle, "--inputs", "in.safetensors", *arguments)
     assert result.exit_code == code, result.stderr
     assert expected in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["nothing.odsora"], "nothing.odsora: no such bundle"),
+        (["file.odsora", "--example"], "file.odsora: not a bundle but a file"),
+        (["b" * 300, "--example"], "b: File name too long"),
+        (["BUNDLE", "--inputs", "none.safetensors"], "none.safetensors: no such file"),
+        (["BUNDLE", "--inputs", "i" * 300], "i: File name too long"),
+        (["BUNDLE", "--example", "-o", "o" * 300 + ".safetensors"], "File name too long"),
+        (["BUNDLE", "--example", "--trace", "t" * 300], "File name too long"),
+        (["BUNDLE", "--trace", "trace.json"], "nothing to compute for trace.json"),
+    ],
+)
+def test_paths_that_cannot_be_are_named(
+    bundle: Path, tmp_path: Path, arguments: list[str], expected: str, odsora_run: InFolder
+) -> None:
+    (tmp_path / "file.odsora").write_text("")
+    given = [str(bundle) if argument == "BUNDLE" else argument for argument in arguments]
+    result = odsora_run(*given)
+    assert result.exit_code == 2, result.output
+    assert expected in result.stderr and result.stdout == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["file.odsora"]
+
+
+def test_what_a_terminal_cannot_show_is_no_error(bundle: Path, tmp_path: Path) -> None:
+    arguments = (bundle, "--example", "-o", "é.safetensors")
+    done = run("run", *arguments, cwd=tmp_path, PYTHONIOENCODING="ascii:strict")
+    assert done.returncode == 0, done.stderr
+    assert "wrote \\xe9.safetensors" in done.stdout
+    assert (tmp_path / "é.safetensors").is_file()
 
 
 def test_an_output_is_not_overwritten_without_force(

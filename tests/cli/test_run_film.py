@@ -158,8 +158,11 @@ def test_the_signature_says_that_there_are_films(pipeline: Path, odsora_run: InF
     assert "It makes films" in said and "denoiser.base" in said and "guidance: float32[]" in said
 
 
-def test_prompts_of_other_scripts(pipeline: Path, odsora_run: InFolder) -> None:
-    result = odsora_run(pipeline, "--prompt", "красный 🔴", "-o", "film.mp4")
+@pytest.mark.parametrize(
+    "prompt", ["красный 🔴", "אדום \u202eأ", "a\0red\x1b[31m\ncircle", "\U0001fadf", "-x"]
+)
+def test_prompts_of_other_scripts(pipeline: Path, odsora_run: InFolder, prompt: str) -> None:
+    result = odsora_run(pipeline, "--prompt", prompt, "-o", "film.mp4")
     assert made(result) and "warning" not in result.stderr
 
 
@@ -184,6 +187,10 @@ def test_the_run_is_traced(pipeline: Path, odsora_run: InFolder) -> None:
     [
         (["--prompt", ""], "the prompt is empty"),
         (["--prompt", " \t"], "the prompt is empty"),
+        (["--prompt", "\n\u3000\u200b\ufeff\u202e\0"], "the prompt is empty"),
+        (["--prompt", os.fsdecode(b"a red \xff circle")], "the prompt is not valid UTF-8"),
+        (["--prompt", PROMPT, "-o", "f" * 300 + ".mp4"], "File name too long"),
+        (["--prompt", PROMPT, "-o", "tokenizer.json/film.mp4"], "no such folder"),
         (["--prompt", PROMPT, "--inputs", "in.safetensors"], "exclude each other"),
         (["--prompt", PROMPT, "--example"], "exclude each other"),
         (["-o", "film.mp4"], "nothing to compute for film.mp4"),
@@ -205,11 +212,15 @@ def test_the_run_is_traced(pipeline: Path, odsora_run: InFolder) -> None:
         (["--prompt", PROMPT, "--seed", "-1"], "the seed -1"),
         (["--prompt", PROMPT, "--seed", "99999999999"], "the seed 99999999999"),
         (["--example", "--seed", "-1"], "the seed -1"),
+        (["--prompt", PROMPT, "--seed", "9" * 400], "the seed 999"),
         (["--prompt", PROMPT, "--seed", "seven"], "Invalid value for '--seed'"),
         (["--prompt", PROMPT, "--guidance", "nan"], "a guidance of nan"),
         (["--prompt", PROMPT, "--guidance", "1e40"], "a guidance of 1e+40"),
         (["--prompt", PROMPT, "--guidance", "1e38"], "from -1000 to 1000"),
         (["--prompt", PROMPT, "--aesthetic-score", "11"], "an aesthetic score of 11"),
+        (["--prompt", PROMPT, "--aesthetic-score", "nan"], "an aesthetic score of nan"),
+        (["--prompt", PROMPT, "--aesthetic-score", "abc"], "Invalid value for"),
+        (["--prompt", PROMPT, "--frames", "-1"], "at least one frame"),
         (["--prompt", PROMPT, "--frames", "6"], "makes 5\n  Compile one with --set frames=6"),
         (["--prompt", PROMPT, "--frames", "0"], "at least one frame"),
         (
@@ -218,7 +229,12 @@ def test_the_run_is_traced(pipeline: Path, odsora_run: InFolder) -> None:
         ),
         (["--prompt", PROMPT, "--size", "24x32"], "--set height=24 --set width=32"),
         (["--prompt", PROMPT, "--size", "720p"], "expected HEIGHTxWIDTH"),
+        (["--prompt", PROMPT, "--size", "0x0"], "--size 0x0: a film has at least one pixel"),
+        (["--prompt", PROMPT, "--size", "32x0"], "--size 32x0: a film has at least one pixel"),
+        (["--prompt", PROMPT, "--size", "-32x24"], "expected HEIGHTxWIDTH"),
+        (["--prompt", PROMPT, "--size", "9" * 5000 + "x4"], "expected HEIGHTxWIDTH"),
         (["--prompt", PROMPT, "--fps", "0"], "0 frames a second"),
+        (["--prompt", PROMPT, "--fps", "nan"], "nan frames a second"),
         (["--prompt", PROMPT, "--scale", "0"], "a scale of 0"),
         (["--prompt", PROMPT, "-o", "out.safetensors", "--fps", "3"], "--fps is for films"),
         (["--example", "--frames", "3"], "--frames is for films"),
@@ -267,6 +283,24 @@ def test_a_video_that_is_not_finite(pipeline: Path, odsora_run: InFolder) -> Non
     result = odsora_run(pipeline, "--inputs", "in.safetensors", "-o", "film.mp4")
     assert result.exit_code == 1 and "that are not finite" in result.stderr
     assert os.listdir() == ["in.safetensors"]
+
+
+def test_a_rate_that_no_film_has_is_found_before_it_is_made(
+    pipeline: Path, odsora_run: InFolder, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(pipeline, tmp_path / "copy.odsora")
+    data = json.loads((copy / "manifest.json").read_text())
+    data["text_to_video"]["fps"] = 500.0
+    (copy / "manifest.json").write_text(json.dumps(data))
+    for source in (["--prompt", PROMPT], ["--example"]):
+        result = odsora_run(copy, *source, "-o", "film.mp4")
+        assert result.exit_code == 2
+        assert result.stderr == (
+            "error: 500 frames a second\n  A film has 0.1 to 240: choose with --fps.\n"
+        )
+    assert os.listdir() == ["copy.odsora"]
+    made(odsora_run(copy, "--prompt", PROMPT, "--fps", 24, "-o", "film.mp4"))
+    made(odsora_run(copy, "--prompt", PROMPT, "-o", "film.safetensors"))
 
 
 @pytest.mark.parametrize("damage", ["missing", "broken", "role"])

@@ -1,15 +1,19 @@
-"""A toy denoiser, and comparing what a host gives eagerly with what its traced graph gives."""
+"""A toy denoiser, comparing a host's eager results with its traced graph's, and refused hosts."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import odsora_compiler as odsora
+from odsora_compiler.errors import CaptureError
 from odsora_compiler.ir.program import Program
 from odsora_compiler.ir.reference import evaluate_program
 
@@ -93,3 +97,16 @@ def operators(program: Program) -> list[str]:
         getattr(node.target, "overloadpacket", node.target).__name__
         for node in program.host.operators()
     ]
+
+
+def refused(host: Callable[..., Any], **more: Any) -> str:
+    """The message, checked to name the host's line that has the words `# here`, if one has."""
+    with pytest.raises(CaptureError) as caught:
+        pipeline(host, {"z": Z}, **more)
+    text = str(caught.value)
+    lines, first = inspect.getsourcelines(host)
+    file = Path(inspect.getsourcefile(host) or "").name
+    for line, words in enumerate(lines, first):
+        if words.endswith("# here\n"):
+            assert f"{file}:{line} in {host.__name__}" in text, text
+    return text

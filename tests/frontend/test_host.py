@@ -418,7 +418,7 @@ def test_names_of_outputs() -> None:
     assert named(lambda v: v) == ["output"]
     assert named(lambda v: {"video": v, "z": v}) == ["video", "output_z"]
     assert named(lambda v: (v, v + 1)) == ["output_0", "output_1"]
-    assert named(lambda v: {"a": {"b": v}, "steps": 3}) == ["a_b"]
+    assert named(lambda v: {"a": {"b": v}}) == ["a_b"]
 
 
 def test_an_output_may_be_an_input_or_a_constant() -> None:

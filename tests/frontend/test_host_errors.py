@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,25 +12,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from samplers import Drift, Z, drift_spec, numbers, pipeline
+from samplers import Drift, Z, drift_spec, numbers, pipeline, refused
 from torch import Tensor, nn
 
 import odsora_compiler as odsora
 from odsora_compiler.errors import CaptureError
 from odsora_compiler.ir.reference import evaluate_program
-
-
-def refused(host: Callable[..., Any], **more: Any) -> str:
-    """The message, checked to name the host's line that has the words `# here`, if one has."""
-    with pytest.raises(CaptureError) as caught:
-        pipeline(host, {"z": Z}, **more)
-    text = str(caught.value)
-    lines, first = inspect.getsourcelines(host)
-    for line, words in enumerate(lines, first):
-        if words.endswith("# here\n"):
-            assert f"test_host_errors.py:{line} in {host.__name__}" in text, text
-    return text
-
 
 # ------------------------------------------------------------------ values of traced tensors
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -333,6 +334,52 @@ def test_pickled_checkpoints(model: Path, weights: Path, place: str) -> None:
     assert place in caught.value.message
     assert "weights_only=True" in caught.value.hint
     assert "safetensors.torch.save_file" in caught.value.hint
+
+
+@pytest.mark.parametrize("left", ["encoder", "fixed", ""])
+def test_pickled_checkpoints_by_other_names(model: Path, weights: Path, left: str) -> None:
+    (weights / "model.ckpt").write_bytes(b"anything")
+    assert torch.equal(output(odsora.capture(model, weights=weights)), expected_output(23))
+    for entry in weights.glob("*.safetensors"):
+        if entry.stem != left:
+            entry.unlink()
+    if left != "encoder":
+        shutil.rmtree(weights / "encoder")
+    with pytest.raises(WeightsError, match=r"model\.ckpt: loading it would run code") as caught:
+        odsora.capture(model, weights=weights)
+    assert "weights_only=True" in caught.value.hint
+
+
+def test_own_weights_do_not_hide_what_was_given(model: Path, weights: Path, tmp_path: Path) -> None:
+    (weights / "fixed.safetensors").rename(weights / "fixed.pt")
+    with pytest.raises(WeightsError, match=r"fixed\.pt: loading it would run code"):
+        odsora.capture(model, {"own": True}, weights=weights)
+    model.write_text(ALL_OWN)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(
+        WeightsError, match="empty: no weights of any component are there"
+    ) as caught:
+        odsora.capture(model, weights=empty)
+    assert "drift.safetensors" in caught.value.hint
+    (empty / "drift.bin").write_bytes(b"")
+    with pytest.raises(WeightsError, match=r"drift\.bin: loading it would run code"):
+        odsora.capture(model, weights=empty)
+
+
+ALL_OWN = f"""
+import sys; sys.path.append({str(Path(__file__).parent)!r})
+import torch
+from samplers import Drift, Z
+import odsora_compiler as odsora
+
+def build():
+    drift = Drift()
+    drift._parameters["mix"] = torch.nn.Parameter(torch.ones(4, 4))
+    t = torch.zeros(1)
+    parts = {{"drift": odsora.ModelSpec(drift, {{"z": Z, "t": t}})}}
+    return odsora.PipelineSpec(parts, lambda c, z: {{"v": c.drift(z=z, t=t)}}, {{"z": Z}})
+"""
 
 
 def test_one_file_for_a_pipeline(model: Path, weights: Path) -> None:

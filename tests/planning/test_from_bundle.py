@@ -13,7 +13,7 @@ from torch import nn
 from workloads import device
 
 import odsora_compiler as odsora
-from odsora_compiler.errors import PackageError, RunError
+from odsora_compiler.errors import PackageError, UsageError
 from odsora_compiler.planning.from_bundle import bundle_workload
 from odsora_compiler.planning.planner import make_plan
 
@@ -146,5 +146,5 @@ def test_a_function_is_planned_for_the_components_that_have_it(
 def test_what_cannot_be_planned_is_named(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(PackageError, match="not a bundle"):
         bundle_workload(tmp_path, device())
-    with pytest.raises(RunError, match="Did you mean 'base'"):
+    with pytest.raises(UsageError, match="Did you mean 'base'"):
         bundle_workload(bundle, device(), "bsae")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from workloads import SIZE, cut_finer, device, even, pipeline
 
-from odsora_compiler.errors import RunError
+from odsora_compiler.errors import RunError, UsageError
 from odsora_compiler.planning.bound import lower_bound
 from odsora_compiler.planning.plan import SchedulePlan
 from odsora_compiler.planning.planner import make_plan
@@ -88,7 +88,7 @@ def test_the_least_budget_works_and_a_byte_less_does_not(seed: int) -> None:
     sizes = sorted(chunk.resident_bytes for chunk in workload.chunks)
     assert least <= sum(sizes[-2:]) + max(use.activation_bytes for use in workload.uses)
     if least > 0:
-        with pytest.raises(RunError, match=f"Give at least {least} bytes"):
+        with pytest.raises(UsageError, match=f"Give at least {least} bytes"):
             make_plan(workload, device(), least - 1)
         # Not a limit of this planner: the chunk and its run alone take the least.
         assert any(

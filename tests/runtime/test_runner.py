@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import odsora_compiler as odsora
-from odsora_compiler.errors import RunError
+from odsora_compiler.errors import UsageError
 from odsora_compiler.ir.edit import Editor
 from odsora_compiler.ir.reference import evaluate_program
 from odsora_compiler.runtime.bundle import Bundle
@@ -141,7 +141,7 @@ def test_a_budget_for_one_component_at_a_time_is_enough(
     expected = Runner(bundle).run(program.examples)
     assert torch.equal(runner.run(program.examples)["decoded"], expected["decoded"])
     assert runner.peak_weight_bytes == max(sizes) < sum(sizes)
-    with pytest.raises(RunError, match=f"Give at least {max(sizes)} bytes"):
+    with pytest.raises(UsageError, match=f"Give at least {max(sizes)} bytes"):
         Runner(bundle, memory_budget=max(sizes) - 1)
 
 
@@ -171,5 +171,5 @@ def test_a_function_is_called_of_the_components_that_have_it(
 
 
 def test_an_unknown_function_is_refused(program: odsora.Program, bundle: Bundle) -> None:
-    with pytest.raises(RunError, match="no function 'tdtm'"):
+    with pytest.raises(UsageError, match="no function 'tdtm'"):
         Runner(bundle).run(program.examples, "tdtm")
