@@ -36,9 +36,10 @@ class TDTM(Pass):
         x ─ qkv ─ attention ─ proj ─ y        x ─ merge ─ qkv ─ attention ─ proj ─ unmerge ─ y
 
     The merge averages frames 2i and 2i+1, the unmerge gives both the value of their merged token;
-    of an odd number of frames the last is left out and gets the last merged token. Applies to every
-    attention whose queries hold the axis `t`, in whatever layout; for cross-attention the queries
-    alone are merged. `base` stays, and the host calls `tdtm` in its stead.
+    of an odd number of frames the last is left out and gets the last merged token. Applies to
+    attention of the kinds in `sites` whose queries hold the axis `t`, in whatever layout; for
+    cross-attention the queries alone are merged. `base` stays, and the host calls `tdtm` in its
+    stead.
 
     Source: On-device Sora, arXiv 2502.04363, equations 6 to 9.
     """
@@ -49,7 +50,10 @@ class TDTM(Pass):
     destroys = frozenset({"plan"})
 
     sites: tuple[Site, ...] = option(
-        (Site.SPATIAL, Site.TEMPORAL, Site.CROSS), "kinds of attention to merge around"
+        (Site.SPATIAL, Site.JOINT, Site.CROSS),
+        "kinds of attention to merge around, of spatial, temporal, joint (space and time at once) "
+        "and cross; as published: spatial,temporal,cross. Merging around temporal attention is "
+        "what costs motion (docs/quality.md)",
     )
     positions: Positions = option(
         Positions.CENTER,

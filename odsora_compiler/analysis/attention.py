@@ -21,12 +21,14 @@ from odsora_compiler.ir.function import Function
 class Site(enum.Enum):
     """What kind of attention, seen from the time axis.
 
-    SPATIAL: tokens of one frame, time is in the batch. TEMPORAL: time is among the tokens. CROSS:
-    the keys are tokens of another stream, such as a text.
+    SPATIAL: tokens of one frame, time is in the batch. TEMPORAL: tokens of one place, one a frame.
+    JOINT: tokens of all frames and more than one place. CROSS: the keys are tokens of another
+    stream, such as a text.
     """
 
     SPATIAL = "spatial"
     TEMPORAL = "temporal"
+    JOINT = "joint"
     CROSS = "cross"
 
 
@@ -140,7 +142,10 @@ class _Search:
         shared = set(queries) & set(keys) or _names(queries) & _names(keys)
         if not shared and queries != keys:
             return Site.CROSS
-        return Site.TEMPORAL if self._query_time(attention) in queries else Site.SPATIAL
+        if self._query_time(attention) not in queries:
+            return Site.SPATIAL
+        alone = all(axis.name == self.time for axis in queries)
+        return Site.TEMPORAL if alone else Site.JOINT
 
     def _before(self, attention: fx.Node) -> set[fx.Node] | str:
         time = self._query_time(attention)

@@ -34,9 +34,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(program: Program, **options: Any) -> Context:
-    """Run the pass, with positions as published, and check the structure of what it made."""
+    """Run the pass, as published and on joint attention, and check the structure of its result."""
     context = Context("tdtm")
-    TDTM(**{"positions": Positions.COMPACT, **options}).run(program, context)
+    TDTM(**{"positions": Positions.COMPACT, "sites": tuple(Site), **options}).run(program, context)
     verify_program(program)
     return context
 
@@ -130,6 +130,14 @@ def test_only_chosen_sites_are_merged() -> None:
     assert not context.declined
 
 
+def test_by_default_temporal_attention_is_left_alone() -> None:
+    _, _, program = video("Spatial", "Temporal", "Joint", "Cross")
+    context = Context("tdtm")
+    TDTM().run(program, context)
+    assert not context.declined
+    assert context.notes == ["model: merged frames around attention: 1 spatial, 1 joint, 1 cross"]
+
+
 def test_kinds_that_do_not_occur_leave_the_program_alone() -> None:
     _, _, program = video("Spatial")
     (declined,) = run(program, sites=(Site.TEMPORAL, Site.CROSS)).declined
@@ -190,7 +198,7 @@ LAYOUTS = {
     "SpatialRankFive": Site.SPATIAL,
     "Temporal": Site.TEMPORAL,
     "CausalTemporal": Site.TEMPORAL,
-    "Joint": Site.TEMPORAL,
+    "Joint": Site.JOINT,
     "Cross": Site.CROSS,
     "CrossPerFrame": Site.CROSS,
     "CrossPerSample": Site.CROSS,
