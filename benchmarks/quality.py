@@ -25,7 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -183,7 +183,11 @@ def main() -> None:
         "--only", nargs="+", default=[], help="rows whose names hold one of these, and the first"
     )
     parser.add_argument("--plot", type=Path, help="write the Pareto plot of `rows` there (PNG)")
+    parser.add_argument("--draw", type=Path, help="only plot a table that was printed before")
     chosen = parser.parse_args()
+    if chosen.draw:
+        plot(chosen.draw.read_text(), chosen.plot or parser.error("--draw needs --plot"))
+        return
     if chosen.table != "bundles":
         first = next(iter(ROWS))
         chosen_rows = [
@@ -194,9 +198,10 @@ def main() -> None:
         makers = {name: Maker(ROWS[name]) for name in chosen_rows}
         scores = measure(makers, chosen.films, chosen.seed)
         print(f"{chosen.films} films a row, PyTorch, fp32, {torch.get_num_threads()} threads\n")
-        print_table(scores)
+        table = table_text(scores)
+        print(table)
         if chosen.plot:
-            plot(scores, chosen.plot)
+            plot(table, chosen.plot)
             print(f"\nwrote {chosen.plot}")
     if chosen.table != "rows":
         with tempfile.TemporaryDirectory() as folder:
@@ -206,7 +211,7 @@ def main() -> None:
             }
             scores = measure(makers, chosen.bundle_films, chosen.seed)
         print(f"\n{chosen.bundle_films} films a row, compiled bundles, fp16, interpreter\n")
-        print_table(scores)
+        print(table_text(scores))
         plain, ours = scores.values()
         faster = statistics.median(plain.seconds) / statistics.median(ours.seconds)
         print(
@@ -247,14 +252,14 @@ def _score(
         scores.ssim.append(reading.ssim(film, reference))
 
 
-def print_table(scores: Mapping[str, Scores]) -> None:
+def table_text(scores: Mapping[str, Scores]) -> str:
     """A Markdown table, one row a maker."""
     full = statistics.median(next(iter(scores.values())).seconds)
-    print(
+    lines = [
         "| | calls | GFLOP | time, s | of full | adherence, % | colour | shape | direction "
-        "| motion | PSNR, dB | SSIM |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+        "| motion | PSNR, dB | SSIM |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for name, row in scores.items():
         seconds = statistics.median(row.seconds)
         cells = [
@@ -267,7 +272,8 @@ def print_table(scores: Mapping[str, Scores]) -> None:
             _with_error(row.psnr, ".1f"),
             _with_error(row.ssim, ".3f"),
         ]
-        print(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _with_error(values: Sequence[float], form: str) -> str:
@@ -278,48 +284,79 @@ def _with_error(values: Sequence[float], form: str) -> str:
     return f"{statistics.fmean(values):{form}} ± {error:{form}}"
 
 
-def plot(scores: Mapping[str, Scores], path: Path) -> None:
-    """Quality over the denoiser's FLOP: likeness to the full sampler's film, and adherence."""
+def plot(table: str, path: Path) -> None:
+    """Quality over the denoiser's FLOP, of a printed table: likeness to the full sampler's film,
+    with the line that no row is above, and adherence."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.5))
+    rows = dict(_points(table))
+    full, complete = rows.pop(next(iter(ROWS)))[::2]
+    figure, axes = pyplot.subplots(1, 2, figsize=(15, 7.5), width_ratios=(3, 2))
     families = {
         "plain, fewer steps": "plain",
         "lpl at a step": "lpl at",
         "lpl adaptive": "lpl adaptive",
         "tdtm": "tdtm",
     }
-    full = statistics.fmean(next(iter(scores.values())).flops)
     for label, start in families.items():
-        both = [name for name in scores if name.startswith(start)]
+        both = [name for name in rows if name.startswith(start)]
         # Rows of both passes are a family of their own.
         for marker, names, text in (
             ("o", [name for name in both if not _combined(name)], label),
             ("s", [name for name in both if _combined(name)], f"{label} and fewer steps"),
         ):
-            if not names:
-                continue
-            cost = [statistics.fmean(scores[name].flops) / full for name in names]
-            likeness = [statistics.fmean(scores[name].psnr) for name in names]
-            axes[0].scatter(cost, likeness, marker=marker, label=text)
-            adherence = [scores[name].adherence() for name in names]
-            axes[1].scatter(cost, adherence, marker=marker, label=text)
-            for name, x, y in zip(names, cost, likeness, strict=True):
-                short = name.removeprefix("tdtm ").removeprefix("lpl ").removeprefix("plain, ")
-                place = {"xytext": (3, 3), "textcoords": "offset points"}
-                axes[0].annotate(short, (x, y), fontsize=6, **place)
+            if names:
+                cost = [rows[name][0] / full for name in names]
+                axes[0].scatter(cost, [rows[name][1] for name in names], marker=marker, label=text)
+                axes[1].scatter(cost, [rows[name][2] for name in names], marker=marker)
+    best, front = 0.0, []
+    for cost, likeness, _ in sorted(rows.values(), key=lambda row: (row[0], -row[1])):
+        if likeness > best:
+            best = likeness
+            front.append((cost / full, likeness))
+    axes[0].plot(*zip(*front, strict=True), linewidth=0.8, linestyle=":", color="gray", zorder=0)
+    axes[0].set_xlim(0.05, 1.15)
     axes[0].set_ylabel("PSNR against the full sampler, dB")
+    axes[0].legend(fontsize=9)
+    axes[1].axhline(complete, linewidth=0.8, linestyle=":")
     axes[1].set_ylabel("prompt adherence, %")
-    axes[1].axhline(next(iter(scores.values())).adherence(), linewidth=0.8, linestyle=":")
     for each in axes:
         each.set_xlabel("FLOP of the denoiser, of the full sampler's")
         each.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    _annotate(axes[0], {name: (row[0] / full, row[1]) for name, row in rows.items()})
+    figure.savefig(path, dpi=100)
+
+
+def _points(table: str) -> Iterator[tuple[str, tuple[float, float, float]]]:
+    """Row → GFLOP, PSNR in dB (0 where there is none), adherence in %."""
+    for line in table.splitlines():
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        if name in ROWS:
+            likeness = float(cells[9].split(" ")[0] or 0)
+            yield name, (float(cells[1]), likeness, float(cells[4]))
+
+
+def _annotate(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
+    """A label for each point, where it is in the way of none before it."""
+    places = [(x, y, side) for y in (-3, 6, -12, 15, -21, 24, -30) for x, side in _SIDES]
+    taken: list[Any] = []
+    for name, point in points.items():
+        for x, y, side in places:
+            label = axes.annotate(
+                name, point, (x, y), textcoords="offset points", fontsize=7, ha=side
+            )
+            box = label.get_window_extent(axes.figure.canvas.get_renderer())
+            if not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            label.remove()
+
+
+_SIDES = ((6, "left"), (-6, "right"))
 
 
 def _combined(name: str) -> bool:
