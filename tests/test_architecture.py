@@ -27,7 +27,7 @@ ARROWS = {
     "plugins": {"pipeline", "errors"},
     "pipeline": {"plugins", "analysis", "ir", "errors"},
     "lowering": {"rewrite", "mil", "analysis", "ir", "errors"},
-    "runtime": {"mil", "ir", "errors"},
+    "runtime": {"planning", "mil", "ir", "errors"},
     "driver": {"runtime", "lowering", "mil", "pipeline", "analysis", "ir", "errors"},
     "cli": {"driver", "runtime", "planning", "pipeline", "plugins", "frontend", "ir", "errors"},
     "__init__": {"driver", "runtime", "pipeline", "frontend", "ir"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -13,12 +14,15 @@ from odsora_compiler.ir.function import Function
 aten = torch.ops.aten
 
 
-def activation_bytes(function: Function, precision: str) -> int:
+def activation_bytes(
+    function: Function, precision: str, held_inputs: Collection[str] | None = None
+) -> int:
     """Most bytes of values in memory at once in a run of `function` lowered to `precision`.
 
-    Inputs and finished outputs are held to the end, other values to their last use; operators run
-    in the order of the graph. Reshapes take no memory of their own, transposed copies do, as do the
-    logits of attention. Values made of weights alone are counted like others.
+    Finished outputs and the `held_inputs` (None: all inputs) are held to the end, other values to
+    their last use; operators run in the order of the graph. Reshapes take no memory of their own,
+    transposed copies do, as do the logits of attention. Values made of weights alone are counted
+    like others.
     """
     owner: dict[fx.Node, fx.Node] = {}
     for node in function.graph.nodes:
@@ -26,6 +30,11 @@ def activation_bytes(function: Function, precision: str) -> int:
         owner[node] = owner[source] if isinstance(source, fx.Node) else node
     last_read = {
         owner[used]: node for node in function.graph.nodes for used in node.all_input_nodes
+    }
+    given_back = {
+        node
+        for node in function.placeholders
+        if held_inputs is not None and str(node.target) not in held_inputs
     }
     held = sum(_bytes(node, precision) for node in function.placeholders)
     peak = held
@@ -35,7 +44,8 @@ def activation_bytes(function: Function, precision: str) -> int:
         peak = max(peak, held + _workspace(node, precision))
         touched = dict.fromkeys((owner[node], *(owner[used] for used in node.all_input_nodes)))
         for value in touched:
-            if value.op == "call_function" and last_read.get(value, node) is node:
+            passes = value.op == "call_function" or value in given_back
+            if passes and last_read.get(value, node) is node:
                 held -= _bytes(value, precision)
     return peak
 

@@ -17,6 +17,7 @@ from typing import Any
 import networkx as nx
 from torch import fx
 
+from odsora_compiler.analysis.cost import node_flops
 from odsora_compiler.analysis.outline import Outline
 
 COST = (
@@ -25,6 +26,27 @@ COST = (
     " chunk has too; (2) fewest chunks; (3) most chunks of equal structure; (4) smallest sum of "
     "squares of the chunks' weights; (5) earliest cuts."
 )
+PACED_COST = COST.replace(
+    "; (2)",
+    ", and that could be read while reading a chunk waits for computing it or computing for "
+    "reading; (2)",
+)
+NARROW_COST = (
+    "(1) Least memory for a chunk and its activations, where they need most; (2) fewest chunks."
+)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a device reads weights and computes, to cut so that neither waits for the other.
+
+    `streamed`: part of the weights that is read for every call, the rest staying in memory.
+    `bytes_per_flop`: function → bytes that are read in the time one FLOP of it takes, times its
+    part of the calls.
+    """
+
+    streamed: float
+    bytes_per_flop: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -69,11 +91,22 @@ class CutPoints:
             [_made_and_bytes(outline, p) for outline, p in zip(outlines, point, strict=True)]
             for point in self.points
         ]
+        self._flops = [_flops_before(outline) for outline in outlines]
 
     @property
     def last(self) -> int:
         """Index of the last point."""
         return len(self.points) - 1
+
+    @property
+    def aligned(self) -> bool:
+        """Whether a chunk can begin and end at any two points."""
+        return not self._unaligned
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights, and of constants that lowering folds."""
+        return sum(self.sizes.values())
 
     def heaviest(self, span: Span) -> fx.Node:
         """The node of `span` that needs most bytes of weights."""
@@ -99,6 +132,24 @@ class CutPoints:
             handed = self._handed(start, stop)
             yield Span(start, stop, weight_bytes, handed), handed + stored
 
+    def waiting(self, span: Span, pace: Pace) -> int:
+        """Bytes that could be read while `span` is read or computed, whichever takes longer.
+
+        Added up over chunks, this is as long as a run takes in which each chunk is read while one
+        like it computes: the least sum is the one with the least waiting.
+        """
+        computing = 0.0
+        for outline, flops, start, stop in zip(
+            self.outlines,
+            self._flops,
+            self.points[span.start],
+            self.points[span.stop],
+            strict=True,
+        ):
+            rate = pace.bytes_per_flop.get(outline.function.name, 0.0)
+            computing += (flops[stop] - flops[start]) * rate
+        return int(max(pace.streamed * span.weight_bytes, computing))
+
     def _handed(self, start: int, stop: int) -> int:
         """Bytes of values made between the points and alive at the second."""
         total = 0
@@ -123,8 +174,11 @@ class CutPoints:
         )
 
 
-def partition(points: CutPoints, budget: int) -> list[Span] | None:
-    """The best chunks of at most `budget` bytes of weights under `COST`; None: there are none."""
+def partition(points: CutPoints, budget: int, pace: Pace | None = None) -> list[Span] | None:
+    """The best chunks of at most `budget` bytes of weights; None: there are none.
+
+    Best under `COST`, with a `pace` under `PACED_COST`.
+    """
     *_, (whole, _) = points.spans(0)
     if whole.weight_bytes <= budget:
         return [whole]
@@ -135,6 +189,7 @@ def partition(points: CutPoints, budget: int) -> list[Span] | None:
             continue
         for span, cost in points.spans(start, budget):
             reached.add(span.stop)
+            cost += points.waiting(span, pace) if pace else 0
             graph.add_edge(start, span.stop, span=span, bytes=cost)
     if points.last not in reached:
         return None
@@ -159,6 +214,23 @@ def least_budget(points: CutPoints) -> Span:
             if span.stop not in worst or larger.weight_bytes < worst[span.stop].weight_bytes:
                 worst[span.stop] = larger
     return worst[points.last]
+
+
+def finest(points: CutPoints) -> list[Span]:
+    """As many chunks as there can be."""
+    count = {0: 0}
+    before: dict[int, Span] = {}
+    for start in range(points.last):
+        for span, _ in points.spans(start) if start in count else ():
+            if count[start] >= count.get(span.stop, 0):
+                count[span.stop] = count[start] + 1
+                before[span.stop] = span
+            if points.aligned:
+                break
+    chunks: list[Span] = []
+    while not chunks or chunks[-1].start:
+        chunks.append(before[chunks[-1].start if chunks else points.last])
+    return chunks[::-1]
 
 
 # ------------------------------------------------------------------ cut points
@@ -233,6 +305,12 @@ def _first_uses(needs: Sequence[set[str]]) -> list[list[tuple[str, int]]]:
         fresh.append([(name, last.get(name, -1)) for name in sorted(names)])
         last.update(dict.fromkeys(names, index))
     return fresh
+
+
+def _flops_before(outline: Outline) -> list[int]:
+    """FLOPs of the steps before each position."""
+    steps = (sum(map(node_flops, nodes)) for nodes in outline.liveness.steps)
+    return list(accumulate(steps, initial=0))
 
 
 def _made_and_bytes(outline: Outline, position: int) -> tuple[list[int], list[int]]:

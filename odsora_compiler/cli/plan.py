@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,7 @@ from odsora_compiler.cli.reporting import Reporter, guarded, print_table, size_t
 
 if TYPE_CHECKING:
     from odsora_compiler.planning.plan import Residents, SchedulePlan
+    from odsora_compiler.planning.profile import DeviceProfile
     from odsora_compiler.planning.simulate import Timeline
     from odsora_compiler.planning.workload import Workload
 
@@ -31,7 +32,9 @@ Examples:
 
     odsora-plan film.odsora --calibrate -o here.json
 
-    odsora-plan film.odsora --memory-budget 500MB --profile here.json --json plan.json
+    odsora-plan film.odsora --memory-budget 1GB --profile here.json --executor mil --json plan.json
+
+    odsora-run film.odsora --prompt "a red circle" -o film.mp4 --plan plan.json
 """
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -51,6 +54,13 @@ def plan_command(
     ] = _DEFAULT_PROFILE,
     function: Annotated[
         str, typer.Option(help="Function of the component to call (default: what the host calls).")
+    ] = "",
+    executor: Annotated[
+        str,
+        typer.Option(
+            help="Count bytes as this executor takes them on this machine: mil or coreml. Such a "
+            "plan can be followed, odsora-run --plan (default: as the profile says)."
+        ),
     ] = "",
     json: Annotated[Path | None, typer.Option(help="Write the plan as JSON.")] = None,
     timeline: Annotated[
@@ -79,7 +89,7 @@ def plan_command(
             if calibrate:
                 _calibrate(bundle, out, reporter)
             elif bundle is not None:
-                _plan(bundle, memory_budget, profile, function, json, timeline)
+                _plan(bundle, memory_budget, profile, function, executor, json, timeline)
 
     guarded(work)
 
@@ -87,6 +97,7 @@ def plan_command(
 def _check_options(
     bundle: Path | None, calibrate: bool, out: Path | None, planned: list[Path | None]
 ) -> None:
+    from odsora_compiler.cli.timeline import check_drawing
     from odsora_compiler.errors import UsageError
 
     if bundle is None and not calibrate:
@@ -97,21 +108,15 @@ def _check_options(
         )
     if out is not None and not calibrate:
         raise UsageError("-o is for --calibrate", "Write the plan with --json plan.json")
-    _check_image(planned[1])
-
-
-def _check_image(path: Path | None) -> None:
-    from odsora_compiler.errors import UsageError
-
-    if path is not None and path.suffix.lower() not in (".png", ".svg"):
-        raise UsageError(f"{path}: nothing can be drawn as '{path.suffix}'", "Use .png or .svg.")
+    if planned[1] is not None:
+        check_drawing(planned[1])
 
 
 def _calibrate(bundle: Path | None, out: Path | None, reporter: Reporter) -> None:
     import json as encoding
 
-    from odsora_compiler.cli.calibration import calibrate
     from odsora_compiler.runtime.bundle import Bundle
+    from odsora_compiler.runtime.calibration import calibrate
     from odsora_compiler.runtime.output_file import output_file
 
     opened = None if bundle is None else Bundle(bundle)
@@ -132,12 +137,12 @@ def _plan(
     memory_budget: str,
     profile: str,
     function: str,
+    executor: str,
     json: Path | None,
     drawing: Path | None,
 ) -> None:
     from odsora_compiler.cli.reporting import budget_bytes
     from odsora_compiler.cli.timeline import draw_timeline, timeline_text
-    from odsora_compiler.planning.from_bundle import bundle_workload
     from odsora_compiler.planning.planner import make_plan
     from odsora_compiler.planning.profile import find_profile
     from odsora_compiler.planning.simulate import simulate
@@ -145,7 +150,7 @@ def _plan(
 
     device = find_profile(profile)
     budget = budget_bytes(memory_budget) or device.memory
-    workload = bundle_workload(bundle, device, function or None)
+    workload = _workload(bundle, device, function or None, executor)
     plan = make_plan(workload, device, budget)
     predicted = simulate(workload, plan, device)
     title = f"{bundle.name} in {size_text(budget)} on {device.name}"
@@ -153,15 +158,25 @@ def _plan(
         with output_file(json) as partial:
             plan.save(partial)
     if drawing is not None:
-        with output_file(drawing) as partial:
-            image: Literal["png", "svg"] = "svg" if drawing.suffix.lower() == ".svg" else "png"
-            draw_timeline(predicted, partial, image, budget, title)
+        draw_timeline(predicted, drawing, budget, title)
     _print_phases(workload, plan, predicted, title)
     print(timeline_text(predicted, budget))
     print(_summary(workload, plan, predicted))
     for path in (json, drawing):
         if path is not None:
             print(f"wrote {path}")
+
+
+def _workload(bundle: Path, device: DeviceProfile, function: str | None, executor: str) -> Workload:
+    from odsora_compiler.planning.from_bundle import bundle_workload
+
+    if not executor:
+        return bundle_workload(bundle, device, function)
+    from odsora_compiler.runtime.bundle import Bundle
+    from odsora_compiler.runtime.executors import make_executor
+    from odsora_compiler.runtime.runner import Runner
+
+    return Runner(Bundle(bundle), make_executor(executor), profile=device).workload(function)
 
 
 def _print_phases(workload: Workload, plan: SchedulePlan, predicted: Timeline, title: str) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from odsora_compiler.runtime.bundle import Bundle
     from odsora_compiler.runtime.runner import Progress, Runner
+    from odsora_compiler.runtime.summary import RunSummary
     from odsora_compiler.runtime.trace import Trace
 
 HELP = """Run a bundle that odsora-compile wrote.
@@ -51,6 +53,8 @@ Examples:
     odsora-run model.odsora --inputs in.safetensors -o out.safetensors --function base
 
     odsora-run model.odsora --inputs in.safetensors --memory-budget 1GB --trace trace.json
+
+    odsora-run model.odsora --example --profile here.json --timeline run.png
 """
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -82,13 +86,31 @@ def run_command(
         str, typer.Option(help="Function of the component to call (default: what the host calls).")
     ] = "",
     memory_budget: Annotated[
-        str, typer.Option(help="Most bytes of weights in memory, such as 1GB (default: no limit).")
+        str,
+        typer.Option(
+            help="Most bytes of weights and all other tensors in memory, such as 1GB; the program "
+            "itself, Python and PyTorch, comes on top (default: no limit)."
+        ),
     ] = "",
+    profile: Annotated[
+        str,
+        typer.Option(
+            help="Profile of this machine to plan with, a name or a .json of odsora-plan "
+            "--calibrate (default: a machine of which nothing is known)."
+        ),
+    ] = "",
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="Follow a plan that odsora-plan --json wrote, within its budget."),
+    ] = None,
     executor: Annotated[
         str, typer.Option(help="mil interprets the packages anywhere; coreml needs macOS.")
     ] = "mil",
     trace: Annotated[
         Path | None, typer.Option(help="Write a Chrome trace (opens in Perfetto).")
+    ] = None,
+    timeline: Annotated[
+        Path | None, typer.Option(help="Draw what was loaded and computed when, .png or .svg.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress on stderr.")] = False,
@@ -138,6 +160,9 @@ def run_command(
         out = Path(f"{bundle.resolve().stem}-{seed or 0}.mp4")
 
     def work() -> None:
+        from odsora_compiler.errors import UsageError
+        from odsora_compiler.planning.plan import SchedulePlan
+        from odsora_compiler.planning.profile import find_profile
         from odsora_compiler.runtime.bundle import Bundle
         from odsora_compiler.runtime.executors import make_executor
         from odsora_compiler.runtime.film import is_film
@@ -147,13 +172,17 @@ def run_command(
 
         budget = budget_bytes(memory_budget)
         sources = [prompt is not None, inputs is not None, example]
-        _check_sources(sources, out or trace)
+        written = {"-o": out, "--trace": trace, "--timeline": timeline}
+        _check_sources(sources, next((path for path in written.values() if path), None))
         writes_film = out is not None and is_film(out)
         options.check(writes_film)
         check_seed(seed or 0)
-        _check_files(inputs, out, trace, force)
+        _check_files(inputs, written, force)
+        if plan is not None and budget is not None:
+            raise UsageError("a plan has a budget of its own", "Give --plan or --memory-budget.")
+        device = find_profile(profile) if profile else None
         opened, record = Bundle(bundle), Trace()
-        runner = Runner(opened, make_executor(executor), budget, record)
+        runner = Runner(opened, make_executor(executor), budget, record, profile=device)
         if not any(sources):
             _print_signature(runner, opened)
             return
@@ -170,6 +199,10 @@ def run_command(
                 tensors = _read(inputs)
             else:
                 tensors, expected = opened.examples()
+            with reporter.stage("plan"):
+                if plan is not None:
+                    runner.follow(SchedulePlan.load(plan), function or None)
+                runner.plan_run(function or None)
             with reporter.stage("run"):
                 results, calls = _run(runner, tensors, function, seed or 0, reporter)
             said = ""
@@ -181,14 +214,13 @@ def run_command(
                         said = _write(results, out)
             if trace is not None:
                 _save_trace(record, trace)
+            if timeline is not None:
+                _draw(runner, timeline)
         if not writes_film:
             _print_outputs(results, {} if function or seed else expected)
         if said:
             print(said)
-        print(
-            f"{calls}; compute {record.seconds('compute'):.2f} s, load "
-            f"{record.seconds('load'):.2f} s, peak weights {size_text(runner.peak_weight_bytes)}"
-        )
+        print(f"{calls}; {_in_words(runner.summary)}")
 
     left = ""
     if out is not None:
@@ -208,7 +240,9 @@ def _check_sources(given: list[bool], written: Path | None) -> None:
         )
 
 
-def _check_files(inputs: Path | None, out: Path | None, trace: Path | None, force: bool) -> None:
+def _check_files(inputs: Path | None, written: dict[str, Path | None], force: bool) -> None:
+    """Whether inputs are there and all can be `written`, by option."""
+    from odsora_compiler.cli.timeline import check_drawing
     from odsora_compiler.errors import UsageError
     from odsora_compiler.runtime.film import EXTENSIONS
     from odsora_compiler.runtime.output_file import check_output_file
@@ -216,19 +250,23 @@ def _check_files(inputs: Path | None, out: Path | None, trace: Path | None, forc
     if inputs is not None and not inputs.exists():
         raise UsageError(f"{inputs}: no such file", "Inputs are a safetensors file.")
     known = (*EXTENSIONS, _TENSORS)
-    if out is not None:
-        if out.suffix.lower() not in known and not out.is_dir():
+    seen: dict[Path, str] = {}
+    for option, path in written.items():
+        if path is None:
+            continue
+        if option == "-o" and path.suffix.lower() not in known and not path.is_dir():
             raise UsageError(
-                f"{out}: nothing can be written as '{out.suffix}'",
+                f"{path}: nothing can be written as '{path.suffix}'",
                 f"Known extensions: {', '.join(known)} (.png: a sheet of frames).",
             )
-        check_output_file(out, force)
-    if trace is not None:
-        if out is not None and out.resolve() == trace.resolve():
+        if option == "--timeline":
+            check_drawing(path)
+        check_output_file(path, force)
+        other = seen.setdefault(path.resolve(), option)
+        if other != option:
             raise UsageError(
-                f"-o and --trace both name {out}", "Give the trace a file of its own: trace.json."
+                f"{other} and {option} both name {path}", f"Give {option} a file of its own."
             )
-        check_output_file(trace, force)
 
 
 def _run(
@@ -236,7 +274,12 @@ def _run(
 ) -> tuple[dict[str, torch.Tensor], str]:
     """The outputs, and in words how often each component was called."""
     calls: dict[str, str] = {}
-    with reporter.bars() as bars:
+
+    def say(message: Warning | str, *_: Any, **__: Any) -> None:
+        reporter.say(f"warning: {message}")
+
+    with reporter.bars() as bars, warnings.catch_warnings():
+        warnings.showwarning = say
 
         def watch(done: Progress) -> None:
             bars.update(done.component, done.call, done.calls, done.chunk / done.chunks)
@@ -301,8 +344,28 @@ def _save_trace(record: Trace, path: Path) -> None:
         record.save(partial)
 
 
+def _draw(runner: Runner, path: Path) -> None:
+    from odsora_compiler.cli.timeline import draw_timeline
+
+    budget = runner.plan.budget
+    title = f"{runner.bundle.path.name} in {size_text(budget)}, as it ran"
+    draw_timeline(runner.summary.timeline, path, budget, title)
+
+
+def _in_words(run: RunSummary) -> str:
+    known = "this run's own loads and chunks" if run.profile is None else f"'{run.profile.name}'"
+    return (
+        f"time {run.seconds:.2f} s, bound {run.bound_seconds:.2f} s (by {known}), "
+        f"ratio {run.ratio:.2f}, peak memory {size_text(run.peak_bytes)}, "
+        f"stalls {run.stall_seconds:.2f} s"
+    )
+
+
 def main() -> None:
     """Entry point of `odsora-run`."""
+    # PyTorch, which is not imported yet, then takes large tensors in pages of 2 MB: memory that is
+    # given back at once is had again in a fraction of the time.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     app(prog_name="odsora-run")
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from odsora_compiler.cli.reporting import size_text
 from odsora_compiler.errors import UsageError
+from odsora_compiler.runtime.output_file import output_file
 
 if TYPE_CHECKING:
     from odsora_compiler.planning.simulate import Timeline
 
 _LEVELS = " ▁▂▃▄▅▆▇█"
+_IMAGES = {".png": "png", ".svg": "svg"}
 _COLORS = {"load": "tab:blue", "compute": "tab:green", "stall": "tab:red"}
 
 
@@ -42,17 +45,21 @@ def timeline_text(timeline: Timeline, budget: int, width: int = 72) -> str:
     return "\n".join(lines)
 
 
-def draw_timeline(
-    timeline: Timeline, path: Path, image: Literal["png", "svg"], budget: int, title: str
-) -> None:
-    """Draw lanes and memory into the file `path`. Raises `UsageError` without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
+def check_drawing(path: Path) -> None:
+    """Raise `UsageError` where no timeline can be drawn at `path`; to be asked before the work."""
+    if path.suffix.lower() not in _IMAGES:
+        raise UsageError(f"{path}: nothing can be drawn as '{path.suffix}'", "Use .png or .svg.")
+    if importlib.util.find_spec("matplotlib") is None:
         raise UsageError(
             f"{path}: drawing needs matplotlib", "pip install matplotlib, or leave it out."
-        ) from error
+        )
+
+
+def draw_timeline(timeline: Timeline, path: Path, budget: int, title: str) -> None:
+    """Draw lanes and memory into the file `path`; see `check_drawing`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     lanes, memory = figure.subplots(2, 1, sharex=True)
@@ -73,7 +80,8 @@ def draw_timeline(
     memory.set_ylabel("memory, GB")
     memory.set_ylim(0)
     memory.set_xlabel("s")
-    figure.savefig(path, dpi=120, format=image)
+    with output_file(path) as partial:
+        figure.savefig(partial, dpi=120, format=_IMAGES[path.suffix.lower()])
 
 
 def _add(busy: list[float], start: float, end: float) -> None:

@@ -46,8 +46,14 @@ def split(function: Function, component: Component) -> ChunkedFunction:
     outputs = {name: names[node] for name, node in results.items()}
     count = len(component.plan.chunks) if component.plan else 1
     home = _homes(function, count)
+    members: list[list[fx.Node]] = [[] for _ in range(count)]
+    for node, place in home.items():
+        if place is not None:
+            members[place].append(node)
+    order = {node: place for place, node in enumerate(function.graph.nodes)}
     chunks = tuple(
-        _extract(function, index, home, names, set(results.values())) for index in range(count)
+        _extract(function, index, members, home, order, names, set(results.values()))
+        for index in range(count)
     )
     return ChunkedFunction(function, chunks, outputs)
 
@@ -103,11 +109,13 @@ def _value_names(function: Function) -> dict[fx.Node, str]:
 def _extract(
     function: Function,
     index: int,
+    members: list[list[fx.Node]],
     home: dict[fx.Node, int | None],
+    order: dict[fx.Node, int],
     names: dict[fx.Node, str],
     results: set[fx.Node],
 ) -> Function:
-    last = max((place for place in home.values() if place is not None), default=0)
+    last = max((place for place, nodes in enumerate(members) if nodes), default=0)
 
     def made_here(node: fx.Node) -> bool:
         return node.op != "placeholder" and home.get(node, index) in (index, None)
@@ -119,13 +127,16 @@ def _extract(
         finished = node in results and (home.get(node) == index or index == last)
         return made_here(node) and (crosses or finished)
 
-    needed = _needed_here(function, index, home, results, last)
+    roots = list(members[index])
+    if index == last:
+        roots += [node for node in results if node.op != "placeholder" and home.get(node) is None]
+    needed = sorted(_needed_here(roots, index, home), key=order.__getitem__)
     chunk = Function(function.name, base=function.base)
     made: dict[fx.Node, fx.Node] = {}
-    own = [node for node in function.graph.nodes if node in needed and made_here(node)]
+    own = [node for node in needed if made_here(node)]
     # The function's inputs as it has them, then values of earlier chunks as they are first read:
     # chunks that do the same get their inputs in the same order.
-    given = [node for node in function.placeholders if node in needed]
+    given = [node for node in needed if node.op == "placeholder"]
     given += dict.fromkeys(
         used for node in own for used in node.all_input_nodes if not made_here(used)
     )
@@ -154,17 +165,8 @@ def _extract(
     return chunk
 
 
-def _needed_here(
-    function: Function,
-    index: int,
-    home: dict[fx.Node, int | None],
-    results: set[fx.Node],
-    last: int,
-) -> set[fx.Node]:
-    """The chunk's own nodes, what they read, and all behind values that are computed anew."""
-    roots = [node for node in function.operators() if home[node] == index]
-    if index == last:
-        roots += [node for node in results if node.op != "placeholder" and home.get(node) is None]
+def _needed_here(roots: list[fx.Node], index: int, home: dict[fx.Node, int | None]) -> set[fx.Node]:
+    """The nodes `roots` of a chunk, what they read, and all behind what is computed anew."""
     needed = set(roots)
     pending = list(roots)
     while pending:

@@ -18,6 +18,7 @@ Shapes are lists, dtypes words such as `"float16"`. Everything is plain JSON.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ import torch
 
 from odsora_compiler.errors import PackageError, RunError, UsageError, nearest
 from odsora_compiler.ir.component_names import is_component_name
+from odsora_compiler.ir.function import TensorSpec, dtype_name
 from odsora_compiler.ir.text_to_video import TextToVideo
 
 SCHEMA_VERSION = 3
@@ -45,6 +47,11 @@ class Feature:
     shape: tuple[int, ...]
     axes: str | None = None
 
+    @classmethod
+    def of(cls, spec: TensorSpec) -> Feature:
+        """That of a function's input or output."""
+        return cls(spec.name, dtype_name(spec.dtype), spec.shape, spec.axes)
+
     @property
     def torch_dtype(self) -> torch.dtype:
         """The torch type of that name."""
@@ -52,6 +59,11 @@ class Feature:
         if not isinstance(found, torch.dtype):
             raise PackageError(f"'{self.name}' has an unknown type '{self.dtype}'")
         return found
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its numbers."""
+        return math.prod(self.shape) * self.torch_dtype.itemsize
 
     def __str__(self) -> str:
         named = f' "{self.axes}"' if self.axes else ""

@@ -62,7 +62,11 @@ def write_bundle(
     entries: dict[str, ComponentEntry] = {}
     for name, component in program.components.items():
         lowered[name] = _lower_component(component, folder, settings, progress)
-        entries[name] = _component_entry(lowered[name], folder, settings.precision)
+        files = {
+            report.name: _files(folder / "packages" / f"{report.name}.mlpackage")
+            for report in lowered[name].reports
+        }
+        entries[name] = component_entry(lowered[name], files, settings.precision)
     manifest = Manifest(
         program.name,
         ",".join(program.history),
@@ -84,6 +88,56 @@ def write_bundle(
     manifest.save(folder)
     _write_tensors(program.constants, folder / CONSTANTS_NAME)
     return lowered
+
+
+def chunk_sources(
+    component: Component,
+) -> tuple[dict[str, ChunkedFunction], list[ChunkSource]]:
+    """The component's functions as its plan cuts them, and the chunks to lower, in order."""
+    functions = {name: split(whole, component) for name, whole in component.functions.items()}
+    crossing = frozenset(
+        spec.name
+        for chunked in functions.values()
+        for spec in _crossing(chunked)
+        if spec.dtype == torch.float32
+    )
+    count = len(next(iter(functions.values())).chunks)
+    digits = max(2, len(str(count - 1)))
+    return functions, [
+        ChunkSource(
+            f"{component.name}-{index:0{digits}d}",
+            {name: chunked.chunks[index] for name, chunked in functions.items()},
+            half_io=crossing,
+        )
+        for index in range(count)
+    ]
+
+
+def component_entry(
+    lowered: LoweredComponent, files: Mapping[str, Mapping[str, tuple[int, str]]], precision: str
+) -> ComponentEntry:
+    """What the manifest says of a component. `files`: of every package, path → bytes, SHA-256."""
+    functions = {}
+    for name, chunked in lowered.functions.items():
+        calls = tuple(_call(report, name, precision) for report in lowered.reports)
+        functions[name] = FunctionEntry(
+            tuple(map(Feature.of, chunked.whole.inputs)),
+            tuple(map(Feature.of, chunked.whole.outputs)),
+            calls,
+            chunked.outputs,
+        )
+    packages = {
+        report.name: PackageEntry(
+            f"packages/{report.name}.mlpackage",
+            tuple(lowered.functions),
+            report.weight_bytes,
+            _structure(report),
+            _conversion(report),
+            files[report.name],
+        )
+        for report in lowered.reports
+    }
+    return ComponentEntry(functions, packages, lowered.component.compute_units)
 
 
 def write_examples(
@@ -115,23 +169,7 @@ def _lower_component(
     settings: LoweringSettings,
     progress: Callable[[str], None],
 ) -> LoweredComponent:
-    functions = {name: split(whole, component) for name, whole in component.functions.items()}
-    crossing = frozenset(
-        spec.name
-        for chunked in functions.values()
-        for spec in _crossing(chunked)
-        if spec.dtype == torch.float32
-    )
-    count = len(next(iter(functions.values())).chunks)
-    digits = max(2, len(str(count - 1)))
-    sources = [
-        ChunkSource(
-            f"{component.name}-{index:0{digits}d}",
-            {name: chunked.chunks[index] for name, chunked in functions.items()},
-            half_io=crossing,
-        )
-        for index in range(count)
-    ]
+    functions, sources = chunk_sources(component)
     target = folder / "packages"
     target.mkdir(exist_ok=True)
     reports = lower_chunks(sources, component.weights, target, settings, progress)
@@ -161,30 +199,6 @@ def _crossing(chunked: ChunkedFunction) -> list[TensorSpec]:
     """Values that pass between chunks and are neither inputs nor outputs of the whole."""
     outside = {spec.name for spec in chunked.whole.inputs} | set(chunked.outputs.values())
     return [spec for chunk in chunked.chunks for spec in chunk.outputs if spec.name not in outside]
-
-
-def _component_entry(lowered: LoweredComponent, folder: Path, precision: str) -> ComponentEntry:
-    functions = {}
-    for name, chunked in lowered.functions.items():
-        calls = tuple(_call(report, name, precision) for report in lowered.reports)
-        functions[name] = FunctionEntry(
-            tuple(_feature(spec) for spec in chunked.whole.inputs),
-            tuple(_feature(spec) for spec in chunked.whole.outputs),
-            calls,
-            chunked.outputs,
-        )
-    packages = {
-        report.name: PackageEntry(
-            f"packages/{report.name}.mlpackage",
-            tuple(lowered.functions),
-            report.weight_bytes,
-            _structure(report),
-            _conversion(report),
-            _files(folder / "packages" / f"{report.name}.mlpackage"),
-        )
-        for report in lowered.reports
-    }
-    return ComponentEntry(functions, packages, lowered.component.compute_units)
 
 
 def _call(report: PackageReport, function: str, precision: str) -> ChunkCall:
@@ -221,10 +235,6 @@ def _conversion(report: PackageReport) -> str:
     if len(set(texts.values())) == 1:
         return next(iter(texts.values()))
     return "; ".join(f"{name} {text}" for name, text in texts.items())
-
-
-def _feature(spec: TensorSpec) -> Feature:
-    return Feature(spec.name, dtype_name(spec.dtype), spec.shape, spec.axes)
 
 
 def _files(package: Path) -> dict[str, tuple[int, str]]:

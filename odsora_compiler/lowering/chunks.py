@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from odsora_compiler.ir.function import Function
@@ -107,8 +108,8 @@ def lower_chunks(
     settings = settings or LoweringSettings()
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    jobs = _jobs(chunks, weights, settings)
-    occurrences = Counter(job.key for job in jobs.values())
+    parts = legal_parts(chunks, weights, settings)
+    occurrences = Counter(legal.key for legal in parts.values())
     lowering = _Lowering(folder, settings, occurrences)
     reports: list[PackageReport] = []
 
@@ -124,7 +125,7 @@ def lower_chunks(
             scratch = tempfile.TemporaryDirectory(dir=folder, prefix=".lower-")
             try:
                 made = {
-                    name: lowering.function(jobs[chunk.name, name], Path(scratch.name) / name)
+                    name: lowering.function(parts[chunk.name, name], Path(scratch.name) / name)
                     for name in chunk.functions
                 }
                 if pending is not None:
@@ -157,21 +158,54 @@ def _write(
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One function of one chunk, ready to be converted."""
+class LegalPart:
+    """One function of one chunk, legalized: ready to be converted.
+
+    `half_io`: inputs and outputs that are float16; `exact`: values that must not be rounded.
+    """
 
     name: str
     chunk: str
     function: Function
     weights: LegalWeights
+    precision: Precision
     half_io: frozenset[str]
     exact: frozenset[str]
-    key: str
+
+    @cached_property
+    def key(self) -> str:
+        """Equal for parts of equal structure."""
+        return structure_key(self.function, self.weights, self.precision, self.half_io, self.exact)
 
     @property
     def compressed(self) -> list[str]:
+        """Weights that have a look-up table."""
         names = self.function.weight_names()
         return [name for name in names if self.weights.encoding(name) is not None]
+
+    def report(self, template: str = "", reason: str = "") -> FunctionReport:
+        """How it came about, by conversion or by a template."""
+        interface = interface_of(self.function, self.precision, self.half_io)
+        operators = Names.operators(self.function)
+        return FunctionReport(interface, template, reason, operators, self.function, self.weights)
+
+
+def legal_parts(
+    chunks: Sequence[ChunkSource], weights: WeightStore, settings: LoweringSettings
+) -> dict[tuple[str, str], LegalPart]:
+    """Names of chunk and function → that function of the chunk, legalized.
+
+    Raises `LoweringError` naming the node where something would be lost.
+    """
+    exact = frozenset(_exact_boundaries(chunks))
+    parts = {}
+    for chunk in chunks:
+        for name, function in chunk.functions.items():
+            legal, own = legalize(function, weights, settings.all_rules)
+            parts[chunk.name, name] = LegalPart(
+                name, chunk.name, legal, own, settings.precision, chunk.half_io - exact, exact
+            )
+    return parts
 
 
 @dataclass(frozen=True)
@@ -179,22 +213,6 @@ class _Made:
     part: Part
     report: FunctionReport
     dense: set[str] = field(default_factory=set)
-
-
-def _jobs(
-    chunks: Sequence[ChunkSource], weights: WeightStore, settings: LoweringSettings
-) -> dict[tuple[str, str], _Job]:
-    exact = _exact_boundaries(chunks)
-    jobs = {}
-    for chunk in chunks:
-        for name, function in chunk.functions.items():
-            legal, own = legalize(function, weights, settings.all_rules)
-            half = chunk.half_io - exact
-            key = structure_key(legal, own, settings.precision, half, exact)
-            jobs[chunk.name, name] = _Job(
-                name, chunk.name, legal, own, frozenset(half), frozenset(exact), key
-            )
-    return jobs
 
 
 def _exact_boundaries(chunks: Sequence[ChunkSource]) -> set[str]:
@@ -218,44 +236,44 @@ class _Lowering:
         self._in_range: set[str] = set()
         self._templates: dict[str, tuple[Template | None, str, str]] = {}
 
-    def function(self, job: _Job, scratch: Path) -> _Made:
+    def function(self, legal: LegalPart, scratch: Path) -> _Made:
         reason = "its structure occurs once"
-        if self._occurrences[job.key] > 1 or job.compressed:
-            template, title, reason = self._template(job)
+        if self._occurrences[legal.key] > 1 or legal.compressed:
+            template, title, reason = self._template(legal)
             if template is not None:
                 try:
-                    return self._from_template(job, template, title)
+                    return self._from_template(legal, template, title)
                 except NoTemplateError as error:
                     reason = str(error)
         converted = convert(
-            job.function, job.weights, scratch, self._precision, job.half_io, job.exact
+            legal.function, legal.weights, scratch, self._precision, legal.half_io, legal.exact
         )
-        Names(job.function).restore(converted.specification)
-        part = Part.of_file(job.name, converted.specification, converted.weights)
-        return _Made(part, self._report(job, "", reason), set(job.compressed))
+        Names(legal.function).restore(converted.specification)
+        part = Part.of_file(legal.name, converted.specification, converted.weights)
+        return _Made(part, legal.report(reason=reason), set(legal.compressed))
 
-    def _template(self, job: _Job) -> tuple[Template | None, str, str]:
-        if job.key not in self._templates:
-            title = f"{job.chunk}/{job.name}"
+    def _template(self, legal: LegalPart) -> tuple[Template | None, str, str]:
+        if legal.key not in self._templates:
+            title = f"{legal.chunk}/{legal.name}"
             try:
                 template = make_template(
-                    job.function, job.weights, self._folder, self._precision, job.half_io, job.exact
+                    legal.function,
+                    legal.weights,
+                    self._folder,
+                    self._precision,
+                    legal.half_io,
+                    legal.exact,
                 )
-                self._templates[job.key] = (template, title, "")
+                self._templates[legal.key] = (template, title, "")
             except NoTemplateError as error:
-                self._templates[job.key] = (None, title, str(error))
-        return self._templates[job.key]
+                self._templates[legal.key] = (None, title, str(error))
+        return self._templates[legal.key]
 
-    def _from_template(self, job: _Job, template: Template, title: str) -> _Made:
-        part = template.part(job.name, job.function, job.weights, self._in_range)
-        whole = template.whole_weights(job.function)
-        part, done = compress(part, whole, job.weights)
-        return _Made(part, self._report(job, title, ""), set(job.compressed) - done)
-
-    def _report(self, job: _Job, template: str, reason: str) -> FunctionReport:
-        interface = interface_of(job.function, self._precision, job.half_io)
-        operators = Names.operators(job.function)
-        return FunctionReport(interface, template, reason, operators, job.function, job.weights)
+    def _from_template(self, legal: LegalPart, template: Template, title: str) -> _Made:
+        part = template.part(legal.name, legal.function, legal.weights, self._in_range)
+        whole = template.whole_weights(legal.function)
+        part, done = compress(part, whole, legal.weights)
+        return _Made(part, legal.report(template=title), set(legal.compressed) - done)
 
 
 def _line(report: PackageReport) -> str:

@@ -30,6 +30,8 @@ from odsora_compiler.errors import PackageError
 ALIGNMENT = 64
 VERSION = 2
 SENTINEL = 0xDEADBEEF
+# Groups of bytes that are unpacked at a time.
+_ROWS = 1 << 15
 
 _HEADER = struct.Struct("<II7Q")
 _METADATA = struct.Struct("<IIQQQ4Q")
@@ -289,19 +291,24 @@ def unpack(packed: torch.Tensor, dtype: BlobType, elements: int) -> torch.Tensor
     bits = dtype.bits
     group, per_group = _group(bits)
     rows = -(-packed.numel() // group)
-    rows_of_bytes = torch.nn.functional.pad(packed, (0, rows * group - packed.numel()))
-    rows_of_bytes = rows_of_bytes.view(rows, group)
-    out = torch.empty(rows, per_group, dtype=torch.uint8)
-    for k in range(per_group):
-        byte, shift = divmod(k * bits, 8)
-        value = rows_of_bytes[:, byte] >> shift
-        if shift + bits > 8:
-            value |= rows_of_bytes[:, byte + 1] << (8 - shift)
-        out[:, k] = value & ((1 << bits) - 1)
-    out = out.view(-1)[:elements]
+    if packed.numel() % group:
+        packed = torch.nn.functional.pad(packed, (0, rows * group - packed.numel()))
+    whole = torch.empty(rows, per_group, dtype=torch.uint8)
+    # Some rows at a time, so that what lies in between stays in the processor's cache.
+    pieces = zip(packed.view(rows, group).split(_ROWS), whole.split(_ROWS), strict=True)
+    for rows_of_bytes, out in pieces:
+        for k in range(per_group):
+            byte, shift = divmod(k * bits, 8)
+            value = rows_of_bytes[:, byte] >> shift
+            if shift + bits > 8:
+                value |= rows_of_bytes[:, byte + 1] << (8 - shift)
+            torch.bitwise_and(value, (1 << bits) - 1, out=out[:, k])
+    out = whole.view(-1)[:elements]
     if dtype.torch_dtype == torch.int8:
         sign = 1 << (bits - 1)
-        return ((out ^ sign) - sign).view(torch.int8)
+        out ^= sign
+        out -= sign
+        return out.view(torch.int8)
     return out
 
 

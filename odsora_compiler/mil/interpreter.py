@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 
 from odsora_compiler.errors import RunError, nearest
+from odsora_compiler.mil.constants import Constant
 from odsora_compiler.mil.package import Package, TensorType
 from odsora_compiler.mil.preparation import Compute, Frame, OnValue, Preparation, fits
 
@@ -23,7 +24,7 @@ class Interpreter:
     rounds: it computes the same function in fp32, from the weights as they are stored.
 
     Weights are read, and converted to fp32 where they are multiplied in fp32, when first used, and
-    kept until `release`; interpreters of one Package share them.
+    kept until `release`; interpreters of one Package share them. `loading` does so beforehand.
 
     Raises UnsupportedOpError, naming every operation that is missing, and PackageError where the
     package is damaged.
@@ -61,14 +62,26 @@ class Interpreter:
         with torch.no_grad():
             results = self._prepared.steps.run(frame)
         return {
-            value.name: result.contiguous()
+            value.name: self._own(result)
             for value, result in zip(self.outputs, results, strict=True)
         }
+
+    @property
+    def requests(self) -> list[tuple[Constant, torch.dtype]]:
+        """What `run` reads, and in which type; may have repetitions."""
+        return self._prepared.requests
 
     def release(self) -> None:
         """Let go of the weights that were read or converted; the next run reads them again."""
         for constant in self._prepared.constants:
             constant.release()
+
+    def _own(self, result: torch.Tensor) -> torch.Tensor:
+        """An output that stays as it is whatever becomes of the constants."""
+        result = result.contiguous()
+        storage = result.untyped_storage().data_ptr()
+        shared = any(constant.holds(storage) for constant in self._prepared.constants)
+        return result.clone() if shared else result
 
     @property
     def _where(self) -> str:

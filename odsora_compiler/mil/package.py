@@ -208,7 +208,7 @@ class Package:
         return self.functions[chosen]
 
     def blobs(self, file: str) -> BlobFile:
-        """A weights file by the name the specification gives it, mapped once per package."""
+        """A weights file by the name the specification gives it, mapped once until `unmap`."""
         if file not in self._blobs:
             relative = file.removeprefix("@model_path/")
             target = (self._root / relative).resolve()
@@ -216,6 +216,11 @@ class Package:
                 raise _damaged(self.path, f"it names a weights file outside of itself: {file}")
             self._blobs[file] = BlobFile(target)
         return self._blobs[file]
+
+    def unmap(self) -> None:
+        """Let go of the weights files; whatever reads them maps them again. Tensors over a mapping
+        keep it."""
+        self._blobs.clear()
 
     def check(self, reference: BlobReference) -> None:
         """Raise PackageError where a weight is not what the specification says, without reading it.

@@ -7,7 +7,7 @@ and every slot is known to be free after the step that reads it last.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -92,7 +92,8 @@ class Preparation:
     """Resolves the operations of one function.
 
     `steps` run in a frame of `size` slots, of which the first are the function's inputs;
-    `constants` are all that the steps read.
+    `constants` are all that it has, `requests` those that running the steps reads, each with the
+    type it is read in.
     """
 
     def __init__(self, package: Package, name: str | None, compute: Compute) -> None:
@@ -103,6 +104,7 @@ class Preparation:
         self._slots: dict[str, int] = {}
         self._named: dict[str, Constant] = {}
         self.constants: list[Constant] = []
+        self.requests: list[tuple[Constant, torch.dtype]] = []
         self._refuse_missing(function.block)
         for value in function.inputs:
             self._slots[value.name] = len(self._slots)
@@ -181,8 +183,14 @@ class Preparation:
                 )
             parts[name] = constant
         for index, value in enumerate(operation.outputs):
-            decompress = partial(_decompress, definition, parts, index)
-            self._named[value.name] = compressed = Compressed(decompress, value.torch_dtype)
+            compressed = Compressed(
+                (operation.type, index),
+                parts,
+                tuple(size or 0 for size in value.shape),
+                value.torch_dtype,
+                partial(_decompress, definition, index),
+            )
+            self._named[value.name] = compressed
             self.constants.append(compressed)
 
     def _arguments(
@@ -219,9 +227,12 @@ class Preparation:
     def _tensor(self, argument: str | Value, wide: bool) -> Read:
         constant = self._constant_of(argument)
         if constant is not None:
-            widen = wide or self._compute == "fp32"
-            halves = constant.dtype is not None and is_half(constant.dtype)
-            dtype = torch.float32 if widen and halves else None
+            dtype = constant.dtype
+            if dtype is None:
+                raise TypeError(f"{argument} is no tensor")
+            if is_half(dtype) and (wide or self._compute == "fp32"):
+                dtype = torch.float32
+            self.requests.append((constant, dtype))
             return lambda _: constant.tensor(dtype)
         assert isinstance(argument, str)
         if argument not in self._slots:
@@ -288,9 +299,11 @@ def _together(parts: list[Read], frame: Frame) -> tuple[torch.Tensor, ...]:
     return tuple(read(frame) for read in parts)
 
 
-def _decompress(definition: OpDefinition, parts: dict[str, Constant], index: int) -> torch.Tensor:
+def _decompress(
+    definition: OpDefinition, index: int, parts: Mapping[str, Constant]
+) -> torch.Tensor:
     arguments = {
-        name: part.plain() if definition.parameters[name] is Kind.PLAIN else part.read(None)
+        name: part.plain() if definition.parameters[name] is Kind.PLAIN else part.peek()
         for name, part in parts.items()
     }
     result = definition.function(**arguments)

@@ -13,7 +13,6 @@ from odsora_compiler.ir.inference import FAKE_MODE, fake_tensor, tensor_bytes
 from odsora_compiler.ir.manifest import (
     CONSTANTS_NAME,
     ComponentEntry,
-    Feature,
     FunctionEntry,
     Manifest,
 )
@@ -137,15 +136,13 @@ def _chunk_bytes(entry: FunctionEntry) -> Iterator[tuple[int, int]]:
     for number, call in enumerate(entry.chunks):
         own = {item.name for item in call.inputs}
         passing = sum(size for name, size in held.items() if name not in own)
-        most = passing + max(call.activation_bytes, sum(map(_bytes, (*call.inputs, *call.outputs))))
+        most = passing + max(
+            call.activation_bytes, sum(item.bytes for item in (*call.inputs, *call.outputs))
+        )
         before = sum(held.values())
-        held |= {item.name: _bytes(item) for item in call.outputs}
+        held |= {item.name: item.bytes for item in call.outputs}
         if number == len(entry.chunks) - 1:
             # Outputs may be converted while the values they are made of are still there.
-            most = max(most, sum(held.values()) + sum(map(_bytes, entry.outputs)))
+            most = max(most, sum(held.values()) + sum(item.bytes for item in entry.outputs))
         yield before, max(most, before)
         held = {name: size for name, size in held.items() if last_read.get(name, -1) > number}
-
-
-def _bytes(feature: Feature) -> int:
-    return math.prod(feature.shape) * feature.torch_dtype.itemsize

@@ -51,14 +51,19 @@ class DeviceProfile:
         measured = self.chunk_seconds.get(f"{chunk.name}.{use.function}")
         if measured is not None:
             return measured
-        rate = self.compute_rates.get(chunk.compute_units, self.compute_rates.get(_ANY))
+        rate = self.compute_rate(chunk.compute_units, chunk.component)
+        return self.call_overhead + use.flops / rate
+
+    def compute_rate(self, compute_units: str, component: str) -> float:
+        """FLOP a second; raises `UsageError` naming `component` where no rate is known."""
+        rate = self.compute_rates.get(compute_units, self.compute_rates.get(_ANY))
         if rate is None:
             raise UsageError(
-                f"profile '{self.name}' has no rate for the compute units '{chunk.compute_units}' "
-                f"of component '{chunk.component}'",
+                f"profile '{self.name}' has no rate for the compute units '{compute_units}' "
+                f"of component '{component}'",
                 f"Add it to compute_rates, or a rate for '{_ANY}'.",
             )
-        return self.call_overhead + use.flops / rate
+        return rate
 
     def to_data(self) -> dict[str, Any]:
         """As JSON data."""

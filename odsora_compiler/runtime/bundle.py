@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,18 +71,14 @@ class Bundle:
                 "Copy the bundle again or recompile it.",
             ) from error
 
-    def verify_checksums(self, component: str, package: str) -> None:
-        """Read every file of the package; raises `PackageError` naming one that was changed."""
-        entry = self.component(component).packages[package]
-        for name, (_, expected) in entry.files.items():
-            file = self.path / entry.path / name
-            with file.open("rb") as stream:
-                found = hashlib.file_digest(stream, "sha256").hexdigest()
-            if found != expected:
-                raise PackageError(
-                    f"{file}: its checksum is not the one in the manifest",
-                    "The file was changed or damaged: copy the bundle again or recompile it.",
-                )
+    def checksums(self) -> dict[Path, str]:
+        """The SHA-256 of every file of every package, as the manifest has it."""
+        return {
+            self.path / package.path / name: digest
+            for component in self.manifest.components.values()
+            for package in component.packages.values()
+            for name, (_, digest) in package.files.items()
+        }
 
     def _check_component(self, name: str, component: ComponentEntry) -> None:
         for function in component.functions.values():

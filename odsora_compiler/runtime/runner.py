@@ -1,23 +1,41 @@
-"""Running a bundle: the host program, and a component's chunks one after another in a budget."""
+"""Running a bundle: the host program, and a component's chunks one after another.
+
+Which chunk is in memory when is planned beforehand (`planning`) and done by `execution`.
+"""
 
 from __future__ import annotations
 
+import threading
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from odsora_compiler.errors import RunError, UsageError
+from odsora_compiler.errors import RunError
 from odsora_compiler.ir.function import TensorSpec
 from odsora_compiler.ir.host_program import HostProgram, Operation
-from odsora_compiler.ir.manifest import ChunkCall, Feature, FunctionEntry
+from odsora_compiler.ir.manifest import CONSTANTS_NAME, Feature, FunctionEntry
+from odsora_compiler.ir.weights import FileWeights
+from odsora_compiler.planning.from_bundle import HeldCall, entries_workload, host_calls
+from odsora_compiler.planning.plan import SchedulePlan
+from odsora_compiler.planning.profile import DeviceProfile, find_profile
+from odsora_compiler.planning.workload import Workload
 from odsora_compiler.runtime.bundle import Bundle
-from odsora_compiler.runtime.executors import Executor, LoadedPackage, MilExecutor
+from odsora_compiler.runtime.execution import Execution, plan_within
+from odsora_compiler.runtime.executors import Executor, MilExecutor, OpenPackage
+from odsora_compiler.runtime.residency import ChunkSource
+from odsora_compiler.runtime.storage import Storage
+from odsora_compiler.runtime.summary import RunSummary
 from odsora_compiler.runtime.trace import Trace
 
 Tensors = Mapping[str, torch.Tensor]
+
+# What is planned with where nobody says what this machine is like.
+UNKNOWN_MACHINE = "unknown-machine"
+_WEIGHTS = ".bin"
 
 
 @dataclass(frozen=True)
@@ -33,11 +51,14 @@ class Progress:
 
 
 class Runner:
-    """Runs a bundle.
+    """Runs a bundle, one thing at a time.
 
-    `memory_budget`: most bytes of weights in memory at once; None keeps every loaded chunk until
-    its component has been called for the last time. `progress` is told of each chunk that ran.
-    Raises `UsageError` when the budget is below the largest chunk.
+    `memory_budget`: most bytes of weights and of all other tensors in memory at once; the program
+    itself (Python, PyTorch, this package) comes on top. None keeps every chunk from its first use
+    to its last. It may be set to another value at any time, also from other threads and signal
+    handlers: a run under way plans what is left of it anew before its next chunk. `profile`: of the
+    machine, for the planning. `storage`: reads the packages; the default checks their checksums.
+    `progress` is told of each chunk that ran.
     """
 
     def __init__(
@@ -47,13 +68,26 @@ class Runner:
         memory_budget: int | None = None,
         trace: Trace | None = None,
         progress: Callable[[Progress], None] | None = None,
+        *,
+        profile: DeviceProfile | None = None,
+        storage: Storage | None = None,
     ) -> None:
         self.bundle = bundle
+        self.memory_budget = memory_budget
         self.trace = trace or Trace()
+        self.progress = progress
         self._host = HostProgram.from_data(bundle.manifest.host)
         self._executor: Executor = executor or MilExecutor()
-        self._residency = _Residency(bundle, self._executor, memory_budget, self.trace)
-        self.progress = progress
+        self._compared = profile
+        planned = profile or find_profile(UNKNOWN_MACHINE)
+        # The machine may be another one than the executor's, but memory is to be met here.
+        expansion = max(planned.activation_expansion, self._executor.activation_expansion)
+        self._profile = replace(planned, activation_expansion=expansion)
+        self._storage = storage or Storage(bundle.checksums())
+        self._packages: dict[tuple[str, str], OpenPackage] = {}
+        self._jobs: dict[tuple[str | None, str | None], _Job] = {}
+        self._last: tuple[_Job, Execution] | None = None
+        self._running = threading.Lock()
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -71,9 +105,57 @@ class Runner:
         return dict(Counter(call["component"] for call in self._host.calls))
 
     @property
-    def peak_weight_bytes(self) -> int:
-        """Most bytes of weights that were in memory at once so far."""
-        return self._residency.peak
+    def plan(self) -> SchedulePlan:
+        """The schedule of the last run, or of the one under way; before any, that of `run`.
+
+        Where the budget changed on the way, that of the rest. Raises as `plan_run` does.
+        """
+        return self.plan_run() if self._last is None else self._last[1].plan
+
+    def workload(self, function: str | None = None) -> Workload:
+        """All that `run` with this `function` uses, with the bytes it takes on this executor.
+
+        Raises as `plan_run` does, but for the budget.
+        """
+        return self._host_job(function).workload
+
+    def plan_run(self, function: str | None = None) -> SchedulePlan:
+        """The schedule that `run` with this `function` follows.
+
+        Raises `UsageError` where no component has the function, and naming the least budget where
+        the memory budget is below it.
+        """
+        return self._planned(self._host_job(function))
+
+    def follow(self, plan: SchedulePlan, function: str | None = None) -> None:
+        """Have `run` with this `function` follow `plan`, whose budget is the memory budget then.
+
+        Raises `RunError` unless it is one for this bundle, on this executor, that keeps its budget.
+        """
+        job = self._host_job(function)
+        try:
+            plan.check(job.workload)
+        except RunError as error:
+            hint = "Plan with the bytes that are taken here: odsora-plan --executor."
+            raise RunError(error.message, error.hint or hint) from error
+        self.memory_budget = plan.budget
+        job.plan, job.budget = plan, plan.budget
+
+    @property
+    def summary(self) -> RunSummary:
+        """Time, bound and memory of the last run; raises `RunError` before any."""
+        if self._last is None:
+            raise RunError("nothing was run yet")
+        job, execution = self._last
+        uses = tuple(job.workload.uses[use] for use in execution.executed)
+        return RunSummary(
+            Workload(job.workload.chunks, uses),
+            execution.most_bytes,
+            self.trace.timeline(),
+            self.trace.load_seconds(),
+            self.trace.compute_seconds(),
+            self._compared,
+        )
 
     def run(
         self, inputs: Tensors, function: str | None = None, seed: int = 0
@@ -81,38 +163,92 @@ class Runner:
         """Run the host program on named `inputs`; returns its named outputs.
 
         `function`: what to call instead of the function the host names, of components that have it;
-        raises `UsageError` when none has. `seed` changes what random operations of the host draw. A
-        component is loaded when it is called, and its memory given back when another one is called
-        and it is not needed again.
+        `seed` changes what random operations of the host draw. Raises as `plan_run` does, before
+        anything is loaded; `PackageError` where a package is damaged, `RunError` where memory is
+        less than the least.
         """
-        self.bundle.manifest.check_function(function)
+        job = self._host_job(function)
         calls, done = self.calls, Counter[str]()
-        places = {id(item): place for place, item in enumerate(self._host.calls)}
-        last_places = {item["component"]: places[id(item)] for item in self._host.calls}
+        numbers = {id(item): number for number, item in enumerate(self._host.calls)}
 
-        def call(item: Operation, given: dict[str, torch.Tensor]) -> Tensors:
-            component = item["component"]
-            for other, last in last_places.items():
-                if other != component and last < places[id(item)]:
-                    self._residency.release(other)
-            done[component] += 1
-            chosen = self.bundle.component(component).called(item["function"], function)
-            return self.run_function(component, chosen, given, (done[component], calls[component]))
+        def work(execution: Execution) -> dict[str, torch.Tensor]:
+            def call(item: Operation, given: dict[str, torch.Tensor]) -> Tensors:
+                component = item["component"]
+                done[component] += 1
+                return self._call(
+                    execution,
+                    job.first_use(numbers[id(item)]),
+                    component,
+                    self.bundle.component(component).called(item["function"], function),
+                    given,
+                    (done[component], calls[component]),
+                )
 
-        return self._host.run(inputs, self.bundle.constants(), call, seed)
+            return self._host.run(inputs, self.bundle.constants(), call, seed)
+
+        return self._execute(job, work)
 
     def run_function(
-        self, component: str, function: str, inputs: Tensors, call: tuple[int, int] = (1, 1)
+        self, component: str, function: str, inputs: Tensors
     ) -> dict[str, torch.Tensor]:
-        """Run one function of a component, chunk by chunk; values are freed at their last use.
+        """Run one function of a component on inputs of its own. Raises like `run`."""
+        job = self._function_job(component, function)
+        return self._execute(
+            job, lambda execution: self._call(execution, 0, component, function, inputs, (1, 1))
+        )
 
-        `call`: which call of how many this is, for those who watch the progress.
+    def release(self) -> None:
+        """Forget opened packages and plans; weights are in memory during runs only."""
+        self._packages.clear()
+        self._jobs.clear()
+        self._last = None
+
+    def _execute(
+        self, job: _Job, work: Callable[[Execution], dict[str, torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
+        if not self._running.acquire(blocking=False):
+            raise RunError("this Runner is running already", "Make one Runner for each thread.")
+        try:
+            plan = self._planned(job)
+            execution = Execution(
+                job.workload,
+                plan,
+                job.budget,
+                job.sources,
+                self._profile,
+                lambda: self.memory_budget,
+                self._storage,
+                self.trace,
+            )
+            self._last = job, execution
+            try:
+                with self.trace.run():
+                    execution.start()
+                    return work(execution)
+            finally:
+                execution.close()
+        finally:
+            self._running.release()
+
+    def _call(
+        self,
+        execution: Execution,
+        first: int,
+        component: str,
+        function: str,
+        inputs: Tensors,
+        call: tuple[int, int],
+    ) -> dict[str, torch.Tensor]:
+        """Run a function chunk by chunk; values are freed at their last use.
+
+        `first`: the use that is its first chunk. `call`: which call of how many this is.
         """
         entry = self.bundle.component(component).function(function)
         values = dict(inputs)
         for index, (chunk, freed) in enumerate(zip(entry.chunks, _last_uses(entry), strict=True)):
             given = {item.name: as_feature(values[item.name], item) for item in chunk.inputs}
-            values.update(self.run_chunk(component, function, chunk, given))
+            values.update(execution.run(first + index, function, given))
+            del given
             for name in freed:
                 values.pop(name, None)
             if self.progress is not None:
@@ -122,104 +258,84 @@ class Runner:
             item.name: as_feature(values[entry.results[item.name]], item) for item in entry.outputs
         }
 
-    def run_chunk(
-        self, component: str, function: str, call: ChunkCall, inputs: Tensors
-    ) -> dict[str, torch.Tensor]:
-        """Run one chunk on inputs of its declared dtypes."""
-        package = self._residency.acquire(component, call.package)
-        with self.trace.span("compute", f"{call.package}.{function}"):
-            results = package.run(function, inputs)
-        self._residency.finished(component, call.package)
-        return results
+    # ------------------------------------------------------------------ what to run
 
-    def release(self) -> None:
-        """Give back the memory of all chunks."""
-        self._residency.clear()
+    def _planned(self, job: _Job) -> SchedulePlan:
+        budget = self.memory_budget
+        if job.plan is None or job.budget != budget:
+            job.plan, job.budget = plan_within(job.workload, self._profile, budget), budget
+        return job.plan
+
+    def _host_job(self, function: str | None) -> _Job:
+        self.bundle.manifest.check_function(function)
+        key = (None, function)
+        if key not in self._jobs:
+            components = self.bundle.manifest.components
+            constants = FileWeights(self.bundle.path / CONSTANTS_NAME)
+            self._jobs[key] = self._job(host_calls(self._host, components, constants), function)
+        return self._jobs[key]
+
+    def _function_job(self, component: str, function: str) -> _Job:
+        key = (component, function)
+        if key not in self._jobs:
+            entry = self.bundle.component(component).function(function)
+            held = sum(item.bytes for item in entry.inputs)
+            call = {"component": component, "function": function}
+            calls: list[HeldCall] = [(call, held), (None, held)]
+            self._jobs[key] = self._job(calls, None)
+        return self._jobs[key]
+
+    def _job(self, calls: list[HeldCall], function: str | None) -> _Job:
+        """The workload of these calls with the bytes that weights take here, and its packages."""
+        manifest = self.bundle.manifest
+        counted = entries_workload(
+            manifest.components, calls, manifest.precision, self._profile, function
+        )
+        chunks = list(counted.chunks)
+        functions: dict[int, set[str]] = {}
+        for use in counted.uses:
+            functions.setdefault(use.chunk, set()).add(use.function)
+        sources: list[ChunkSource | None] = [None] * len(chunks)
+        for index, names in functions.items():
+            chunk = chunks[index]
+            source = ChunkSource(self._open(chunk.component, chunk.name), frozenset(names))
+            size = source.package.resident_bytes(source.functions)
+            # Kept only now: one that is damaged may be whole when it is opened again.
+            self._packages[chunk.component, chunk.name] = source.package
+            sources[index], chunks[index] = source, replace(chunk, resident_bytes=size)
+        return _Job(Workload(tuple(chunks), counted.uses), sources)
+
+    def _open(self, component: str, name: str) -> OpenPackage:
+        if (component, name) in self._packages:
+            return self._packages[component, name]
+        path = self.bundle.package_path(component, name)
+        for file in self.bundle.component(component).packages[name].files:
+            # The weights are checked when they are read.
+            if not file.endswith(_WEIGHTS):
+                self._storage.verify(path / file)
+        return self._executor.open(path)
+
+
+@dataclass
+class _Job:
+    """Something to run. `plan`: made for the memory budget `budget`."""
+
+    workload: Workload
+    sources: list[ChunkSource | None]
+    plan: SchedulePlan | None = None
+    budget: int | None = None
+
+    def first_use(self, call: int) -> int:
+        """The first use that belongs to call number `call` of the host."""
+        return bisect_left([use.call for use in self.workload.uses], call)
 
 
 def load(
     bundle: str | Path | Bundle, executor: Executor | None = None, memory_budget: int | None = None
 ) -> Runner:
-    """Open a bundle for running. `memory_budget` in bytes of weights."""
+    """Open a bundle for running. `memory_budget` in bytes, see `Runner`."""
     opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
     return Runner(opened, executor, memory_budget)
-
-
-class _Residency:
-    """Which chunks are in memory.
-
-    Chunks run in a cycle, so the one used last is needed last: chunks stay from the first on as
-    long as the budget also has room for the largest of the others, which then come and go.
-    """
-
-    def __init__(
-        self, bundle: Bundle, executor: Executor, budget: int | None, trace: Trace
-    ) -> None:
-        self._bundle = bundle
-        self._executor = executor
-        self._budget = budget
-        self._trace = trace
-        self._loaded: dict[tuple[str, str], LoadedPackage] = {}
-        self._checked: set[tuple[str, str]] = set()
-        self.peak = 0
-        sizes = {
-            (name, package): self._bytes(name, package)
-            for name, component in bundle.manifest.components.items()
-            for package in component.packages
-        }
-        self._largest = max(sizes.values(), default=0)
-        if budget is not None and budget < self._largest:
-            worst = max(sizes, key=lambda key: sizes[key])
-            raise UsageError(
-                f"the memory budget is {int(budget)} bytes, chunk '{worst[1]}' alone takes "
-                f"{self._largest}",
-                f"Give at least {self._largest} bytes, or compile with a smaller cidl budget.",
-            )
-
-    def acquire(self, component: str, package: str) -> LoadedPackage:
-        """The package, loaded when it is not in memory."""
-        key = (component, package)
-        if key not in self._loaded:
-            if key not in self._checked:
-                with self._trace.span("check", package):
-                    self._bundle.verify_checksums(component, package)
-                self._checked.add(key)
-            with self._trace.span("load", package):
-                path = self._bundle.package_path(component, package)
-                self._loaded[key] = self._executor.load(path)
-            self._record()
-        return self._loaded[key]
-
-    def finished(self, component: str, package: str) -> None:
-        """The chunk has run: it stays if the budget allows, else its memory is given back."""
-        if self._budget is not None and self._held() + self._largest > self._budget:
-            self._drop((component, package))
-
-    def clear(self) -> None:
-        for key in list(self._loaded):
-            self._drop(key)
-
-    def release(self, component: str) -> None:
-        """Give back the memory of a component that is not called again in this run."""
-        for key in [key for key in self._loaded if key[0] == component]:
-            self._drop(key)
-
-    def _drop(self, key: tuple[str, str]) -> None:
-        with self._trace.span("evict", key[1]):
-            self._loaded.pop(key).release()
-        self._record()
-
-    def _held(self) -> int:
-        return sum(self._bytes(*key) for key in self._loaded)
-
-    def _record(self) -> None:
-        held = self._held()
-        self.peak = max(self.peak, held)
-        self._trace.resident(held)
-
-    def _bytes(self, component: str, package: str) -> int:
-        entry = self._bundle.component(component).packages[package]
-        return self._executor.resident_bytes(entry, self._bundle.manifest.precision)
 
 
 def _last_uses(entry: FunctionEntry) -> list[list[str]]:

@@ -14,9 +14,16 @@ import torch
 from graph_builder import GraphBuilder
 from torch import fx
 
-from odsora_compiler.analysis.cost import value_bytes
+from odsora_compiler.analysis.cost import node_flops, value_bytes
 from odsora_compiler.analysis.outline import Outline
-from odsora_compiler.analysis.partition import CutPoints, Span, least_budget, partition
+from odsora_compiler.analysis.partition import (
+    CutPoints,
+    Pace,
+    Span,
+    finest,
+    least_budget,
+    partition,
+)
 from odsora_compiler.ir.edit import Editor
 from odsora_compiler.ir.function import Function
 from odsora_compiler.ir.weights import WeightSpec
@@ -440,3 +447,93 @@ def test_two_functions_of_seven_thousand_nodes_take_seconds() -> None:
     assert spans is not None
     assert len(spans) == 10
     assert seconds < 3
+
+
+# ------------------------------------------------------------------ pace
+
+
+def waiting(points: CutPoints, plan: tuple[int, ...], pace: Pace) -> int:
+    """What reading or computing takes, whichever is more, in bytes read; added up over chunks."""
+    priced = Priced(points, plan)
+    total = 0
+    for index, (start, stop) in enumerate(pairwise(plan)):
+        computing = 0.0
+        for which, outline in enumerate(points.outlines):
+            begin, end = points.points[start][which], points.points[stop][which]
+            nodes = [node for step in outline.liveness.steps[begin:end] for node in step]
+            flops = sum(map(node_flops, nodes))
+            computing += flops * pace.bytes_per_flop.get(outline.function.name, 0.0)
+        size = sum(points.sizes[name] for name in priced.weights[index])
+        total += int(max(pace.streamed * size, computing))
+    return total
+
+
+@pytest.mark.parametrize("functions", [1, 2])
+def test_with_a_pace_reading_and_computing_are_balanced_as_well(functions: int) -> None:
+    checked = moved = 0
+    for seed in range(60):
+        graph = random_graph(seed)
+        variants = [graph.function]
+        if functions == 2:
+            variants.append(varied(graph.function, seed))
+        points = cut_points(graph.specs, *variants)
+        if not 2 < points.last <= 9:
+            continue
+        chance = random.Random(seed)
+        pace = Pace(
+            chance.choice([0.3, 1.0]), {"base": chance.choice([0.1, 0.5, 2.0]), "other": 0.1}
+        )
+        plans = {plan: Priced(points, plan) for plan in all_plans(points)}
+        plans = {plan: priced for plan, priced in plans.items() if priced.aligned}
+        least = min(priced.largest for priced in plans.values())
+        whole = plans[0, points.last].largest
+        for budget in {least, 2 * least, whole - 1} & set(range(whole)):
+            costs = {
+                plan: (priced.bytes[0] + waiting(points, plan, pace), priced.count)
+                for plan, priced in plans.items()
+                if priced.largest <= budget
+            }
+            if not costs:
+                continue
+            checked += 1
+            spans = partition(points, budget, pace)
+            assert spans is not None
+            assert costs[path(spans)] == min(costs.values()), (seed, budget)
+            moved += path(spans) != path(partition(points, budget) or [])
+    assert checked > 20 and moved, (checked, moved)
+
+
+def test_a_chunk_that_is_long_to_read_is_cut_where_much_is_computed() -> None:
+    """Both cuts hand on as much; one of them leaves a chunk that is all reading."""
+    graph = GraphBuilder()
+    x = graph.input("x", 64, 8)
+    little = graph.input("little", 1, 8)
+    for index in range(2):
+        x = graph.call(aten.add.Tensor, x, graph.linear(x, f"busy{index}", 8))
+    for index in range(2):
+        little = graph.call(aten.add.Tensor, little, graph.linear(little, f"idle{index}", 8))
+    graph.finish(y=graph.linear(graph.call(aten.add.Tensor, x, little), "last", 8))
+    points = cut_points(graph.specs, graph.function)
+    size = 2 * 8 * 8
+    rows = 2 * 64 * 8 * 8  # FLOPs of a linear on all rows
+
+    # A busy layer is computed in the time in which two of them are read.
+    pace = Pace(1.0, {"base": 2 * size / rows})
+    spans = partition(points, 3 * size, pace)
+    assert spans is not None
+    for span in spans:
+        assert {name[:4] for name in modules(points, span)} & {"busy", "last"}
+
+
+def test_the_finest_cut_has_most_chunks() -> None:
+    checked = 0
+    for seed in range(40):
+        graph = random_graph(seed)
+        points = cut_points(graph.specs, graph.function, varied(graph.function, seed))
+        if not 2 < points.last <= 9:
+            continue
+        checked += 1
+        plans = [plan for plan in all_plans(points) if Priced(points, plan).aligned]
+        assert len(finest(points)) == max(map(len, plans)) - 1
+        assert path(finest(points)) in plans
+    assert checked > 10

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from odsora_compiler.mil.memory import Buffers
 from odsora_compiler.planning.profile import DeviceProfile
 from odsora_compiler.runtime.executors import MilExecutor
+from odsora_compiler.runtime.storage import Storage
 
 if TYPE_CHECKING:
     from odsora_compiler.ir.manifest import ChunkCall, ComponentEntry
@@ -27,9 +29,8 @@ if TYPE_CHECKING:
 _FILE_BYTES = 128 << 20
 _BLOCK = 1 << 20
 _REPEATS = 3
-# The interpreter holds fp16 weights as fp32, and computes on fp32 copies of fp16 values.
+# The interpreter holds fp16 weights as fp32.
 _WEIGHT_EXPANSION = {"fp16": 2.0, "fp32": 1.0}
-_ACTIVATION_EXPANSION = 2.0
 
 
 def calibrate(bundle: Bundle | None, folder: Path, say: Callable[[str], None]) -> DeviceProfile:
@@ -64,7 +65,7 @@ def calibrate(bundle: Bundle | None, folder: Path, say: Callable[[str], None]) -
         0.0,
         seconds,
         _WEIGHT_EXPANSION,
-        _ACTIVATION_EXPANSION,
+        MilExecutor.activation_expansion,
     )
 
 
@@ -114,8 +115,8 @@ def _run_chunks(
             path = bundle.package_path(name, chunk.package)
             size = component.packages[chunk.package].weight_bytes
             with torch.no_grad():
-                opening, times = _time_chunk(path, calls[0][0], chunk)
-            overheads.append(max(opening - size / bandwidth, 0.0))
+                loading, times = _time_chunk(path, calls[0][0], chunk)
+            overheads.append(max(loading - size / bandwidth, 0.0))
             typical = statistics.median(times)
             flops, spent = flops + chunk.flops, spent + typical
             seconds.update({f"{call.package}.{function}": typical for function, call in calls})
@@ -135,22 +136,21 @@ def _by_structure(
 
 
 def _time_chunk(path: Path, function: str, chunk: ChunkCall) -> tuple[float, list[float]]:
-    """Seconds that loading adds to the first run, and those of later runs."""
+    """Seconds of a load, and of runs."""
     inputs = {
         item.name: torch.randn(item.shape).to(item.torch_dtype)
         if item.torch_dtype.is_floating_point
         else torch.ones(item.shape, dtype=item.torch_dtype)
         for item in chunk.inputs
     }
-    begin = time.perf_counter()
-    package = MilExecutor().load(path)
+    package = MilExecutor().open(path)
     try:
+        loading = _time(lambda: package.load([function], Storage(), Buffers(), lambda: False))
         package.run(function, inputs)
-        first = time.perf_counter() - begin
         times = [_time(lambda: package.run(function, inputs)) for _ in range(_REPEATS)]
     finally:
         package.release()
-    return first - statistics.median(times), times
+    return loading, times
 
 
 def _time(work: Callable[[], object]) -> float:
