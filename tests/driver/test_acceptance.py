@@ -419,7 +419,9 @@ def test_the_golden_denoiser_end_to_end(tmp_path: Path, precision: str) -> None:
     )
     program.examples = inputs
     program = odsora.run_passes(
-        program, "tdtm{positions=compact},cidl{budget=300kB}", precision=precision
+        program,
+        "tdtm{positions=compact sites=spatial,temporal,cross},cidl{budget=300kB}",
+        precision=precision,
     )
     bundle = odsora.lower(program, tmp_path / "golden.odsora", precision=precision)
     runner = odsora.load(bundle)
