@@ -284,7 +284,8 @@ def test_a_budget_can_be_raised_on_the_way(
     storage = WatchedStorage()
     runner = Runner(bundle, None, least_budget(bundle), progress=watch, storage=storage)
     assert same(runner.run(program.examples), expected)
-    assert max(Counter(storage.read).values()) == 1
+    # A load that was under way when the budget changed is begun again, no other.
+    assert len(storage.read) - len(set(storage.read)) <= 1
 
 
 def test_the_summary_compares_with_a_bound(program: odsora.Program, bundle: Bundle) -> None:
