@@ -25,7 +25,7 @@ from odsora_compiler.runtime.bundle import Bundle
 from odsora_compiler.runtime.runner import Progress, Runner
 from odsora_compiler.runtime.storage import Storage
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(60, func_only=True)
 
 Tensors = dict[str, torch.Tensor]
 

@@ -20,7 +20,7 @@ import pytest
 
 from odsora_compiler.runtime.execution import PROGRAM_BYTES
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(120, func_only=True)
 
 COMPILE = """
 import sys

@@ -24,7 +24,7 @@ from odsora_compiler.runtime.residency import ChunkSource, Residency
 from odsora_compiler.runtime.storage import Storage
 from odsora_compiler.runtime.trace import Trace
 
-pytestmark = pytest.mark.timeout(30)
+pytestmark = pytest.mark.timeout(30, func_only=True)
 
 SIZE = 100
 PATIENCE = 10.0  # seconds until something that should happen is given up

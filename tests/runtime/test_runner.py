@@ -27,7 +27,7 @@ from odsora_compiler.runtime.bundle import Bundle
 from odsora_compiler.runtime.executors import CoreMLExecutor
 from odsora_compiler.runtime.runner import Progress, Runner
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(60, func_only=True)
 
 Tensors = dict[str, torch.Tensor]
 DENOISER = [f"denoiser-0{index}" for index in range(4)]
